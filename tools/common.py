@@ -1,0 +1,70 @@
+"""What the tools share: logs/results.json, tables in Markdown files, and one way to run a rung."""
+
+import importlib
+import json
+import re
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parents[1]
+LOGS = ROOT / "logs"
+RESULTS = LOGS / "results.json"
+sys.path.insert(0, str(ROOT))
+
+
+def load_results():
+    """Return logs/results.json as a dict, an empty one if there is no such file yet."""
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+
+
+def store(section, name, value):
+    """Set results[section][name] = value in logs/results.json, floats rounded to 6 digits after the point."""
+
+    def rounded(x):
+        if isinstance(x, dict):
+            return {str(k): rounded(v) for k, v in x.items()}
+        if isinstance(x, list | tuple):
+            return [rounded(v) for v in x]
+        return round(x, 6) if isinstance(x, float) else x
+
+    results = load_results()
+    results.setdefault(section, {})[name] = rounded(value)
+    RESULTS.parent.mkdir(exist_ok=True)
+    text = json.dumps(results, indent=1, sort_keys=True, ensure_ascii=False)
+    RESULTS.write_text(text + "\n", encoding="utf-8", newline="\n")
+
+
+def table(header, rows):
+    """Return a Markdown table; columns are aligned right but the first."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def fill(path, blocks):
+    """Put each text of `blocks` between its markers, `<!-- block: NAME -->` and `<!-- end -->`, in file `path`."""
+    text = path.read_text(encoding="utf-8")
+    for name, content in blocks.items():
+        pattern = rf"(<!-- block: {re.escape(name)} -->\n).*?(<!-- end -->)"
+        text, found = re.subn(pattern, lambda m: m[1] + content + "\n" + m[2], text, flags=re.DOTALL)  # noqa: B023
+        if found != 1:
+            raise ValueError(f"{path.name} has {found} blocks named {name}, not one")
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def run(rung, name, replace=None, quiet=True, **flags):
+    """Run `rung` ("v1_mlp") as from the command line with `flags`; return its metrics.
+
+    `name` is the folder below runs/experiments; `replace` maps names in the rung's module to stand-ins, which is
+    how an experiment leaves something out or puts something in.
+    """
+    module = importlib.import_module(rung)
+    out_dir = ROOT / "runs" / "experiments" / name
+    argv = [f"{rung}.py", f"--data={ROOT / 'input.txt'}", f"--out_dir={out_dir}"]
+    argv += [f"--{flag}={value}" for flag, value in flags.items()]
+    stdout = StringIO() if quiet else sys.stdout
+    with patch.object(sys, "argv", argv), patch.multiple(module, **replace or {}), redirect_stdout(stdout):
+        module.main()
+    return json.loads((out_dir / "metrics.json").read_text(encoding="utf-8"))

@@ -1,0 +1,291 @@
+"""v0, week 1: a bigram table. Which character tends to follow which?
+
+The whole pipeline in its smallest form: load, tokenize, split, batch, train, evaluate, save, plot, sample.
+The model is one (V, V) table: a row for the current character, in it a score (logit) for each next character.
+
+Result: val loss 0.0000, 0.00 bits/char, 0 parameters, 0 s on two CPU cores.
+
+    python v0_bigram.py                              train, evaluate, save, plot, print a sample
+    python v0_bigram.py --learning_rate 0.1          the same with another value
+    python v0_bigram.py --sample --prompt "ROMEO:"   no training: continue a prompt with the saved model
+    python v0_bigram.py --help                       every flag
+"""
+
+import argparse
+import inspect
+import json
+import math
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+# --------------------------------------------- config ---------------------------------------------
+
+NAME = Path(__file__).stem
+
+
+@dataclass
+class Config:
+    """Every field is a command-line flag of the same name: --max_steps 500."""
+
+    data: str = "input.txt"  # UTF-8 text to learn from
+    out_dir: str = f"runs/{NAME}"  # folder for the checkpoint, metrics, pictures and sample
+    device: str = "auto"  # auto, cuda, mps or cpu
+    seed: int = 1337  # same seed on the same machine: same numbers
+    block_size: int = 64  # characters in one training example (T)
+    batch_size: int = 128  # training examples in one step (B)
+    max_steps: int = 1000  # optimizer steps
+    learning_rate: float = 0.03  # step size of AdamW
+    eval_interval: int = 50  # steps between two looks at the validation loss
+    prompt: str = ""  # text to continue; empty: start from the first character of the vocabulary
+    max_new_tokens: int = 500  # characters to sample
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            lowest = 0 if name == "seed" else 1 if isinstance(value, int) else sys.float_info.min
+            if not isinstance(value, str) and not lowest <= value < math.inf:
+                sys.exit(f"error: --{name} {value} is impossible, the least is {lowest:.3g}")
+
+
+def parse_flags():
+    """Return the flags given on the command line, and only those, as a dict."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = lambda message: sys.exit(f"error: {message}; --help lists every flag")
+    parser.add_argument("--sample", action="store_true", help="do not train: continue the prompt")
+    parser.add_argument("--greedy", action="store_true", help="always sample the likeliest character")
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
+    for field in fields(Config):
+        meaning = f"{comments[field.name]} (default: {field.default!r})"
+        parser.add_argument(f"--{field.name}", type=field.type, default=argparse.SUPPRESS, help=meaning)
+    return vars(parser.parse_args())
+
+
+def pick_device(name):
+    """Return the device of that name; `auto` is CUDA or MPS where there is one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    here = [accelerator.type, "cpu"] if accelerator else ["cpu"]
+    if name not in ["auto", *here]:
+        sys.exit(f"error: there is no --device {name} here, choose from: auto, {', '.join(here)}")
+    return here[0] if name == "auto" else name
+
+
+# ---------------------------------------------- data ----------------------------------------------
+
+
+class CharTokenizer:
+    """Characters to ids and back: the vocabulary is a string, an id is a place in it."""
+
+    def __init__(self, chars):
+        self.chars = chars
+        self.ids = {char: i for i, char in enumerate(chars)}
+
+    def encode(self, text):
+        """Text to a list of ids; exits on a character that the vocabulary lacks."""
+        try:
+            return [self.ids[char] for char in text]
+        except KeyError as error:
+            sys.exit(f"error: the character {error} is not among the {len(self.chars)} of the vocabulary")
+
+    def decode(self, ids):
+        """List of ids to text."""
+        return "".join(self.chars[i] for i in ids)
+
+
+def load_text(config):
+    """Return the text to learn from; exits if it is missing, not UTF-8 or too short."""
+    try:
+        text = Path(config.data).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"error: cannot read {config.data} as UTF-8 text ({error}); name another file with --data")
+    least = 10 * (config.block_size + 1)  # the last 10% must hold one window
+    if len(text) < least:
+        sys.exit(f"error: {config.data} is too short: {len(text)} characters, this block_size needs {least}")
+    return text
+
+
+def get_batch(ids, config):
+    """Draw windows of `ids` (N,) at random; return inputs and targets, both (B, T)."""
+    windows = ids.unfold(0, config.block_size + 1, 1)  # (N - T, T + 1), a view: nothing is copied
+    batch = windows[torch.randint(len(windows), (config.batch_size,), device=ids.device)]  # (B, T + 1)
+    # Teacher forcing: each position sees the true text so far, never the model's own guesses, and is asked
+    # for the character that follows. So targets are inputs shifted by one: inputs "To b", targets "o be".
+    return batch[:, :-1], batch[:, 1:]
+
+
+# ---------------------------------------------- model ----------------------------------------------
+
+
+class LanguageModel(nn.Module):
+    """A bigram model: the current character alone decides the logits of the next one."""
+
+    def __init__(self, config, vocab_size):
+        super().__init__()
+        self.table = nn.Embedding(vocab_size, vocab_size)
+        nn.init.zeros_(self.table.weight)  # all characters equally likely: the loss starts at ln V
+
+    def forward(self, idx):
+        """Token ids (B, T) to next-token logits (B, T, V)."""
+        return self.table(idx)
+
+
+# -------------------------------------------- training --------------------------------------------
+
+
+@torch.inference_mode()
+def evaluate(model, ids, config):
+    """Mean loss in nats per token over consecutive windows of `ids` (N,), every token predicted once."""
+    T = config.block_size
+    padding = -(len(ids) - 1) % T  # fills up the last window; cross_entropy skips targets of -100
+    x = F.pad(ids[:-1], (0, padding)).view(-1, T)
+    y = F.pad(ids[1:], (0, padding), value=-100).view(-1, T)
+    model.eval()
+    total = 0.0
+    for xb, yb in zip(x.split(config.batch_size), y.split(config.batch_size), strict=True):
+        total += F.cross_entropy(model(xb).flatten(0, 1), yb.flatten(), reduction="sum").item()
+    model.train()
+    return total / (y != -100).sum().item()
+
+
+def save_checkpoint(checkpoint, config):
+    """Write to a temporary file, then rename: a write that is cut short harms nothing."""
+    path = Path(config.out_dir, "checkpoint.pt")
+    torch.save(checkpoint, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
+def load_checkpoint(flags):
+    """Return the checkpoint and its Config, in which `flags` replace saved values; exits if unusable."""
+    path = Path(flags.get("out_dir", Config.out_dir), "checkpoint.pt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["version"] != NAME:
+            raise ValueError(f"saved by {checkpoint['version']}")
+        return checkpoint, Config(**{**checkpoint["config"], **flags})
+    except Exception as error:  # missing, truncated, or something else altogether
+        reason = str(error).split("\n")[0]
+        sys.exit(f"error: no checkpoint of {NAME} in {path} ({reason}); train first: python {NAME}.py")
+
+
+def train(model, train_ids, val_ids, config, checkpoint):
+    """Take config.max_steps optimizer steps, then save; weights and history go into `checkpoint`."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=True)
+    start = time.perf_counter()
+    for step in (bar := tqdm(range(1, config.max_steps + 1), unit="step")):
+        x, y = get_batch(train_ids, config)
+        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        if step % config.eval_interval == 0 or step == config.max_steps:
+            train_loss, val_loss = loss.item(), evaluate(model, val_ids, config)
+            seconds = time.perf_counter() - start
+            bar.set_postfix_str(f"loss {val_loss:.4f}, {step * x.numel() / seconds:,.0f} tokens/s")
+            if not math.isfinite(val_loss):
+                sys.exit(f"\nerror: the loss is {val_loss} at step {step}; try a lower --learning_rate")
+            checkpoint["history"].append(
+                {"step": step, "seconds": seconds, "train_loss": train_loss, "val_loss": val_loss}
+            )
+    checkpoint.update(config=asdict(config), model=model.state_dict(), step=step, seconds=seconds)
+    save_checkpoint(checkpoint, config)
+
+
+def report(model, train_ids, val_ids, config, checkpoint):
+    """Evaluate on the whole validation split; write metrics.json and loss.png; print a summary."""
+    history, tokens = checkpoint["history"], checkpoint["step"] * config.batch_size * config.block_size
+    val_loss = evaluate(model, val_ids, config)
+    metrics = {
+        "version": NAME,
+        "params": sum(p.numel() for p in model.parameters()),
+        "steps": checkpoint["step"],
+        "tokens": tokens,
+        "seconds": checkpoint["seconds"],
+        "tokens_per_second": tokens / checkpoint["seconds"],
+        "train_loss": evaluate(model, train_ids[: len(val_ids)], config),
+        "val_loss": val_loss,
+        "perplexity": torch.tensor(val_loss).exp().item(),
+        "bits_per_char": val_loss / math.log(2),
+        "history": history,
+        "config": asdict(config),
+        "torch": torch.__version__,
+        "device": val_ids.device.type,
+        "threads": torch.get_num_threads(),
+    }
+    Path(config.out_dir, "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    for split in ("train_loss", "val_loss"):
+        plt.plot([point["step"] for point in history], [point[split] for point in history], label=split)
+    plt.xlabel("step")
+    plt.ylabel("loss (nats per token)")
+    plt.legend()
+    plt.savefig(Path(config.out_dir, "loss.png"))
+    for name in ("params", "seconds", "tokens_per_second", "val_loss", "perplexity", "bits_per_char"):
+        print(f"{name:>18} {metrics[name]:,.4f}".removesuffix(".0000"))
+    print(f"{'files in':>18} {config.out_dir}\n")
+
+
+# -------------------------------------------- sampling --------------------------------------------
+
+
+@torch.inference_mode()
+def generate(model, idx, config, greedy=False):
+    """Continue token ids `idx` (B, T) by config.max_new_tokens; return (B, T + max_new_tokens)."""
+    model.eval()
+    for _ in range(config.max_new_tokens):
+        logits = model(idx[:, -config.block_size :])[:, -1]  # (B, V), what follows the last position
+        if greedy:
+            next_id = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
+        else:
+            next_id = torch.multinomial(logits.softmax(dim=-1), num_samples=1)
+        idx = torch.cat([idx, next_id], dim=1)
+    return idx
+
+
+# ---------------------------------------------- main ----------------------------------------------
+
+
+def main():
+    flags = parse_flags()
+    sample_only, greedy = flags.pop("sample"), flags.pop("greedy")
+    if sample_only:
+        checkpoint, config = load_checkpoint(flags)
+    else:
+        config = Config(**flags)
+        chars = "".join(sorted(set(load_text(config))))
+        checkpoint = {"version": NAME, "chars": chars, "step": 0, "seconds": 0.0, "history": []}
+    tokenizer = CharTokenizer(checkpoint["chars"])
+    device = pick_device(config.device)
+    prompt = torch.tensor([tokenizer.encode(config.prompt) or [0]], device=device)  # (1, T)
+
+    torch.manual_seed(config.seed)
+    model = LanguageModel(config, len(tokenizer.chars)).to(device)
+    if sample_only:
+        model.load_state_dict(checkpoint["model"])
+    else:
+        Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+        ids = torch.tensor(tokenizer.encode(load_text(config)), device=device)
+        train_ids, val_ids = ids.tensor_split([int(0.9 * len(ids))])
+        train(model, train_ids, val_ids, config, checkpoint)
+        report(model, train_ids, val_ids, config, checkpoint)
+
+    torch.manual_seed(config.seed)
+    sample = tokenizer.decode(generate(model, prompt, config, greedy)[0].tolist())
+    print(sample)
+    if not sample_only:
+        Path(config.out_dir, "sample.txt").write_text(sample, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    except OSError as error:
+        sys.exit(f"error: {error}")
