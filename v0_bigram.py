@@ -220,12 +220,12 @@ def report(model, train_ids, val_ids, config, checkpoint):
         "threads": torch.get_num_threads(),
     }
     Path(config.out_dir, "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    fig, ax = plt.subplots()
     for split in ("train_loss", "val_loss"):
-        plt.plot([point["step"] for point in history], [point[split] for point in history], label=split)
-    plt.xlabel("step")
-    plt.ylabel("loss (nats per token)")
-    plt.legend()
-    plt.savefig(Path(config.out_dir, "loss.png"))
+        ax.plot([point["step"] for point in history], [point[split] for point in history], label=split)
+    ax.set(xlabel="step", ylabel="loss (nats per token)")
+    ax.legend()
+    fig.savefig(Path(config.out_dir, "loss.png"))
     for name in ("params", "seconds", "tokens_per_second", "val_loss", "perplexity", "bits_per_char"):
         print(f"{name:>18} {metrics[name]:,.4f}".removesuffix(".0000"))
     print(f"{'files in':>18} {config.out_dir}\n")

@@ -4,7 +4,7 @@ Each of the last `window` characters is looked up in a table of vectors, its emb
 its place in the window is added; all of them, side by side, go through two hidden layers to the logits.
 
 Since v0_bigram.py
-  added:    learning_rate_at, load_weights
+  added:    learning_rate_at, load_weights, make_optimizer
   changed:  Config, LanguageModel, evaluate, main, parse_flags, train
   removed:  -
 
@@ -12,7 +12,7 @@ Result: val loss 0.0000, 0.00 bits/char, 0 parameters, 0 s on two CPU cores.
 
     python v1_mlp.py                              train, evaluate, save, plot, print a sample
     python v1_mlp.py --window 16                  the same with another value
-    python v1_mlp.py --resume                     go on from the last checkpoint, after Ctrl-C for example
+    python v1_mlp.py --resume                     go on from the last checkpoint, as after Ctrl-C
     python v1_mlp.py --sample --prompt "ROMEO:"   no training: continue a prompt with the saved model
     python v1_mlp.py --help                       every flag
 """
@@ -217,6 +217,11 @@ def load_weights(model, weights):
         sys.exit("error: the saved weights have another shape; leave out the flags that change the model")
 
 
+def make_optimizer(model, config):
+    """AdamW (Loshchilov and Hutter 2019); `fused` updates all parameters in one kernel."""
+    return torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=True)
+
+
 def learning_rate_at(step, config):
     """Linear warm-up to config.learning_rate, then half a cosine down to a tenth of it at the last step."""
     if step < config.warmup_steps:
@@ -230,7 +235,7 @@ def train(model, train_ids, val_ids, config, checkpoint):
 
     checkpoint["model"] holds the weights of the lowest val loss, checkpoint["last"] those to go on from.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=True)
+    optimizer = make_optimizer(model, config)
     if "last" in checkpoint:
         model.load_state_dict(checkpoint["last"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -295,12 +300,12 @@ def report(model, train_ids, val_ids, config, checkpoint):
         "threads": torch.get_num_threads(),
     }
     Path(config.out_dir, "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    fig, ax = plt.subplots()
     for split in ("train_loss", "val_loss"):
-        plt.plot([point["step"] for point in history], [point[split] for point in history], label=split)
-    plt.xlabel("step")
-    plt.ylabel("loss (nats per token)")
-    plt.legend()
-    plt.savefig(Path(config.out_dir, "loss.png"))
+        ax.plot([point["step"] for point in history], [point[split] for point in history], label=split)
+    ax.set(xlabel="step", ylabel="loss (nats per token)")
+    ax.legend()
+    fig.savefig(Path(config.out_dir, "loss.png"))
     for name in ("params", "seconds", "tokens_per_second", "val_loss", "perplexity", "bits_per_char"):
         print(f"{name:>18} {metrics[name]:,.4f}".removesuffix(".0000"))
     print(f"{'files in':>18} {config.out_dir}\n")

@@ -44,7 +44,7 @@ def table(header, rows):
 
 
 def fill(path, blocks):
-    """Put each text of `blocks` between its markers, `<!-- block: NAME -->` and `<!-- end -->`, in file `path`."""
+    """Put each text of `blocks` between `<!-- block: NAME -->` and `<!-- end -->` in the file `path`."""
     text = path.read_text(encoding="utf-8")
     for name, content in blocks.items():
         pattern = rf"(<!-- block: {re.escape(name)} -->\n).*?(<!-- end -->)"
@@ -57,8 +57,8 @@ def fill(path, blocks):
 def run(rung, name, replace=None, quiet=True, **flags):
     """Run `rung` ("v1_mlp") as from the command line with `flags`; return its metrics.
 
-    `name` is the folder below runs/experiments; `replace` maps names in the rung's module to stand-ins, which is
-    how an experiment leaves something out or puts something in.
+    `name` is the folder below runs/experiments; `replace` maps names in the rung's module to stand-ins: so
+    an experiment leaves something out or puts something else in.
     """
     module = importlib.import_module(rung)
     out_dir = ROOT / "runs" / "experiments" / name
@@ -68,3 +68,18 @@ def run(rung, name, replace=None, quiet=True, **flags):
     with patch.object(sys, "argv", argv), patch.multiple(module, **replace or {}), redirect_stdout(stdout):
         module.main()
     return json.loads((out_dir / "metrics.json").read_text(encoding="utf-8"))
+
+
+def run_experiments(week, experiments, tables):
+    """The main of tools/week_N.py: run the experiments named on the command line or all; fill the log.
+
+    `experiments` maps names to functions that return what is stored, `tables` makes blocks of the results.
+    """
+    chosen = sys.argv[1:] or list(experiments)
+    if unknown := set(chosen) - set(experiments):
+        sys.exit(f"error: no experiment {', '.join(sorted(unknown))}; choose from {', '.join(experiments)}")
+    for name in chosen:
+        print(f"week {week}: {name}", flush=True)
+        store(f"week_{week}", name, experiments[name]())
+    if set(experiments) <= load_results().get(f"week_{week}", {}).keys():
+        fill(LOGS / f"week_{week}.md", tables(load_results()))

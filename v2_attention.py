@@ -1,0 +1,432 @@
+"""v2, week 3: causal self-attention (Vaswani et al. 2017). Each position chooses which earlier ones to read.
+
+A head compares its position's query with the keys of all positions up to it and takes the average of their
+values, weighted by how well they match. Several heads side by side look for different things. The network of
+v1 follows, but in place of a fixed window it gets what the heads have gathered from the whole block.
+
+Since v1_mlp.py
+  added:    MultiHeadAttention, SelfAttentionHead, plot_attention
+  changed:  Config, LanguageModel, main
+  removed:  -
+
+Result: val loss 0.0000, 0.00 bits/char, 0 parameters, 0 s on two CPU cores.
+
+    python v2_attention.py                              train, evaluate, save, plot, print a sample
+    python v2_attention.py --n_head 1                   the same with another value
+    python v2_attention.py --resume                     go on from the last checkpoint, as after Ctrl-C
+    python v2_attention.py --sample --prompt "ROMEO:"   no training: continue a prompt with the saved model
+    python v2_attention.py --help                       every flag
+"""
+
+import argparse
+import copy
+import inspect
+import json
+import math
+import re
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+# --------------------------------------------- config ---------------------------------------------
+
+NAME = Path(__file__).stem
+
+
+@dataclass
+class Config:
+    """Every field is a command-line flag of the same name: --max_steps 500."""
+
+    data: str = "input.txt"  # UTF-8 text to learn from
+    out_dir: str = f"runs/{NAME}"  # folder for the checkpoint, metrics, pictures and sample
+    device: str = "auto"  # auto, cuda, mps or cpu
+    seed: int = 1337  # same seed on the same machine: same numbers
+    block_size: int = 32  # characters in one training example (T), and the most that attention can see
+    batch_size: int = 64  # training examples in one step (B)
+    n_embd: int = 128  # numbers in an embedding (C)
+    n_head: int = 8  # attention heads, each n_embd / n_head wide
+    n_hidden: int = 256  # units in each hidden layer
+    max_steps: int = 2000  # optimizer steps
+    learning_rate: float = 0.003  # peak step size of AdamW
+    warmup_steps: int = 50  # steps in which the step size rises to its peak
+    grad_clip: float = 1.0  # longest gradient (Euclidean norm) that is used as it is
+    eval_interval: int = 100  # steps between two estimates of the loss, with a checkpoint each
+    eval_tokens: int = 20_000  # characters of each split in such an estimate
+    prompt: str = ""  # text to continue; empty: start from the first character of the vocabulary
+    max_new_tokens: int = 500  # characters to sample
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            lowest = 0 if name == "seed" else 1 if isinstance(value, int) else sys.float_info.min
+            if not isinstance(value, str) and not lowest <= value < math.inf:
+                sys.exit(f"error: --{name} {value} is impossible, the least is {lowest:.3g}")
+        if self.n_embd % self.n_head:
+            sys.exit(f"error: --n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}")
+
+
+def parse_flags():
+    """Return the flags given on the command line, and only those, as a dict."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = lambda message: sys.exit(f"error: {message}; --help lists every flag")
+    parser.add_argument("--sample", action="store_true", help="do not train: continue the prompt")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--greedy", action="store_true", help="always sample the likeliest character")
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
+    for field in fields(Config):
+        meaning = f"{comments[field.name]} (default: {field.default!r})"
+        parser.add_argument(f"--{field.name}", type=field.type, default=argparse.SUPPRESS, help=meaning)
+    return vars(parser.parse_args())
+
+
+def pick_device(name):
+    """Return the device of that name; `auto` is CUDA or MPS where there is one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    here = [accelerator.type, "cpu"] if accelerator else ["cpu"]
+    if name not in ["auto", *here]:
+        sys.exit(f"error: there is no --device {name} here, choose from: auto, {', '.join(here)}")
+    return here[0] if name == "auto" else name
+
+
+# ---------------------------------------------- data ----------------------------------------------
+
+
+class CharTokenizer:
+    """Characters to ids and back: the vocabulary is a string, an id is a place in it."""
+
+    def __init__(self, chars):
+        self.chars = chars
+        self.ids = {char: i for i, char in enumerate(chars)}
+
+    def encode(self, text):
+        """Text to a list of ids; exits on a character that the vocabulary lacks."""
+        try:
+            return [self.ids[char] for char in text]
+        except KeyError as error:
+            sys.exit(f"error: the character {error} is not among the {len(self.chars)} of the vocabulary")
+
+    def decode(self, ids):
+        """List of ids to text."""
+        return "".join(self.chars[i] for i in ids)
+
+
+def load_text(config):
+    """Return the text to learn from; exits if it is missing, not UTF-8 or too short."""
+    try:
+        text = Path(config.data).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"error: cannot read {config.data} as UTF-8 text ({error}); name another file with --data")
+    least = 10 * (config.block_size + 1)  # the last 10% must hold one window
+    if len(text) < least:
+        sys.exit(f"error: {config.data} is too short: {len(text)} characters, this block_size needs {least}")
+    return text
+
+
+def get_batch(ids, config):
+    """Draw windows of `ids` (N,) at random; return inputs and targets, both (B, T)."""
+    windows = ids.unfold(0, config.block_size + 1, 1)  # (N - T, T + 1), a view: nothing is copied
+    batch = windows[torch.randint(len(windows), (config.batch_size,), device=ids.device)]  # (B, T + 1)
+    # Teacher forcing: each position sees the true text so far, never the model's own guesses, and is asked
+    # for the character that follows. So targets are inputs shifted by one: inputs "To b", targets "o be".
+    return batch[:, :-1], batch[:, 1:]
+
+
+# ---------------------------------------------- model ----------------------------------------------
+
+
+class SelfAttentionHead(nn.Module):
+    """One head of causal self-attention: every position reads from itself and the positions before it."""
+
+    def __init__(self, config):
+        super().__init__()
+        head_size = config.n_embd // config.n_head
+        self.query = nn.Linear(config.n_embd, head_size, bias=False)  # what am I looking for?
+        self.key = nn.Linear(config.n_embd, head_size, bias=False)  # what do I contain?
+        self.value = nn.Linear(config.n_embd, head_size, bias=False)  # what do I hand over if chosen?
+        past = torch.tril(torch.ones(config.block_size, config.block_size, dtype=torch.bool))
+        self.register_buffer("past", past, persistent=False)
+
+    def weights(self, x):
+        """Inputs (B, T, C) to attention weights (B, T, T): row t is how position t spreads over 0 to t."""
+        T = x.shape[1]
+        q, k = self.query(x), self.key(x)  # (B, T, head_size)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(k.shape[-1])  # (B, T, T)
+        scores = scores.masked_fill(~self.past[:T, :T], -math.inf)  # no looking ahead
+        return scores.softmax(dim=-1)
+
+    def forward(self, x):
+        """(B, T, C) to (B, T, head_size)."""
+        return self.weights(x) @ self.value(x)
+
+
+class MultiHeadAttention(nn.Module):
+    """n_head heads side by side, mixed by one linear layer."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads = nn.ModuleList([SelfAttentionHead(config) for _ in range(config.n_head)])
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        """(B, T, C) to (B, T, C)."""
+        return self.proj(torch.cat([head(x) for head in self.heads], dim=-1))
+
+
+class LanguageModel(nn.Module):
+    """Token and position embeddings, one layer of attention, then the multilayer perceptron."""
+
+    def __init__(self, config, vocab_size):
+        super().__init__()
+        self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
+        self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        self.attention = MultiHeadAttention(config)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.n_embd, config.n_hidden),
+            nn.GELU(),
+            nn.Linear(config.n_hidden, config.n_hidden),
+            nn.GELU(),
+            nn.Linear(config.n_hidden, vocab_size),
+        )
+
+    def embed(self, idx):
+        """Token ids (B, T) to embeddings (B, T, C): what the token is plus where it stands."""
+        positions = torch.arange(idx.shape[1], device=idx.device)
+        return self.token_embedding(idx) + self.position_embedding(positions)
+
+    def forward(self, idx):
+        """Token ids (B, T) to next-token logits (B, T, V)."""
+        return self.mlp(self.attention(self.embed(idx)))
+
+
+# -------------------------------------------- training --------------------------------------------
+
+
+@torch.inference_mode()
+def evaluate(model, ids, config, max_tokens=None):
+    """Mean loss in nats per token over consecutive windows of `ids` (N,), every token predicted once.
+
+    With `max_tokens`, over evenly spread windows of about that many tokens: fixed, and cheap to repeat.
+    """
+    T = config.block_size
+    padding = -(len(ids) - 1) % T  # fills up the last window; cross_entropy skips targets of -100
+    x = F.pad(ids[:-1], (0, padding)).view(-1, T)
+    y = F.pad(ids[1:], (0, padding), value=-100).view(-1, T)
+    if max_tokens:
+        stride = max(1, len(ids) // max_tokens)
+        x, y = x[::stride], y[::stride]
+    model.eval()
+    total = 0.0
+    for xb, yb in zip(x.split(config.batch_size), y.split(config.batch_size), strict=True):
+        total += F.cross_entropy(model(xb).flatten(0, 1), yb.flatten(), reduction="sum").item()
+    model.train()
+    return total / (y != -100).sum().item()
+
+
+def save_checkpoint(checkpoint, config):
+    """Write to a temporary file, then rename: a write that is cut short harms nothing."""
+    path = Path(config.out_dir, "checkpoint.pt")
+    torch.save(checkpoint, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
+def load_checkpoint(flags):
+    """Return the checkpoint and its Config, in which `flags` replace saved values; exits if unusable."""
+    path = Path(flags.get("out_dir", Config.out_dir), "checkpoint.pt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["version"] != NAME:
+            raise ValueError(f"saved by {checkpoint['version']}")
+        return checkpoint, Config(**{**checkpoint["config"], **flags})
+    except Exception as error:  # missing, truncated, or something else altogether
+        reason = str(error).split("\n")[0]
+        sys.exit(f"error: no checkpoint of {NAME} in {path} ({reason}); train first: python {NAME}.py")
+
+
+def load_weights(model, weights):
+    """Copy `weights` into `model`; exits if their shapes differ."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:
+        sys.exit("error: the saved weights have another shape; leave out the flags that change the model")
+
+
+def make_optimizer(model, config):
+    """AdamW (Loshchilov and Hutter 2019); `fused` updates all parameters in one kernel."""
+    return torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=True)
+
+
+def learning_rate_at(step, config):
+    """Linear warm-up to config.learning_rate, then half a cosine down to a tenth of it at the last step."""
+    if step < config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    return config.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def train(model, train_ids, val_ids, config, checkpoint):
+    """Train to config.max_steps from where `checkpoint` stands, and save it at each estimate and on Ctrl-C.
+
+    checkpoint["model"] holds the weights of the lowest val loss, checkpoint["last"] those to go on from.
+    """
+    optimizer = make_optimizer(model, config)
+    if "last" in checkpoint:
+        model.load_state_dict(checkpoint["last"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    stop = []  # Ctrl-C leaves a note here, to be read between two steps
+    signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    start = time.perf_counter() - checkpoint["seconds"]
+    steps = range(checkpoint["step"] + 1, config.max_steps + 1)
+    for step in (bar := tqdm(steps, initial=checkpoint["step"], total=config.max_steps, unit="step")):
+        torch.manual_seed(config.seed + step)  # chance depends on the step alone: a resumed run repeats it
+        x, y = get_batch(train_ids, config)
+        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, config)
+        optimizer.step()
+
+        evaluate_now = step % config.eval_interval == 0 or step == config.max_steps
+        if evaluate_now or stop or step % 10 == 0:
+            seconds = time.perf_counter() - start
+            bar.set_postfix_str(f"loss {loss.item():.4f}, {step * x.numel() / seconds:,.0f} tokens/s")
+            if not math.isfinite(loss.item()) or not math.isfinite(norm):
+                sys.exit(f"\nerror: the loss is {loss.item()} at step {step}; try a lower --learning_rate")
+        if evaluate_now:
+            train_loss = evaluate(model, train_ids, config, config.eval_tokens)
+            val_loss = evaluate(model, val_ids, config, config.eval_tokens)
+            checkpoint["history"].append(
+                {"step": step, "seconds": seconds, "train_loss": train_loss, "val_loss": val_loss}
+            )
+            if val_loss == min(point["val_loss"] for point in checkpoint["history"]):
+                checkpoint["model"] = copy.deepcopy(model.state_dict())
+        if evaluate_now or stop:
+            checkpoint.setdefault("model", model.state_dict())
+            checkpoint.update(last=model.state_dict(), optimizer=optimizer.state_dict())
+            checkpoint.update(config=asdict(config), step=step, seconds=time.perf_counter() - start)
+            save_checkpoint(checkpoint, config)
+        if stop:
+            sys.exit(f"\nstopped after step {step} and saved; the same command with --resume goes on")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def report(model, train_ids, val_ids, config, checkpoint):
+    """Evaluate on the whole validation split; write metrics.json and loss.png; print a summary."""
+    history, tokens = checkpoint["history"], checkpoint["step"] * config.batch_size * config.block_size
+    val_loss = evaluate(model, val_ids, config)
+    metrics = {
+        "version": NAME,
+        "params": sum(p.numel() for p in model.parameters()),
+        "steps": checkpoint["step"],
+        "tokens": tokens,
+        "seconds": checkpoint["seconds"],
+        "tokens_per_second": tokens / checkpoint["seconds"],
+        "train_loss": evaluate(model, train_ids[: len(val_ids)], config),
+        "val_loss": val_loss,
+        "perplexity": torch.tensor(val_loss).exp().item(),
+        "bits_per_char": val_loss / math.log(2),
+        "history": history,
+        "config": asdict(config),
+        "torch": torch.__version__,
+        "device": val_ids.device.type,
+        "threads": torch.get_num_threads(),
+    }
+    Path(config.out_dir, "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    fig, ax = plt.subplots()
+    for split in ("train_loss", "val_loss"):
+        ax.plot([point["step"] for point in history], [point[split] for point in history], label=split)
+    ax.set(xlabel="step", ylabel="loss (nats per token)")
+    ax.legend()
+    fig.savefig(Path(config.out_dir, "loss.png"))
+    for name in ("params", "seconds", "tokens_per_second", "val_loss", "perplexity", "bits_per_char"):
+        print(f"{name:>18} {metrics[name]:,.4f}".removesuffix(".0000"))
+    print(f"{'files in':>18} {config.out_dir}\n")
+
+
+@torch.inference_mode()
+def plot_attention(model, tokenizer, text, config):
+    """Write attention.png: for each head a heat map of who (row) reads from whom (column) in `text`."""
+    ids = torch.tensor([tokenizer.encode(text)[: config.block_size]], device=model.mlp[0].weight.device)
+    chars = [repr(char)[1:-1] for char in text[: config.block_size]]
+    columns = min(4, config.n_head)
+    rows = math.ceil(config.n_head / columns)
+    size = (5 * columns, 5 * rows)
+    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for i, head in enumerate(model.attention.heads):
+        ax = axes.flat[i]
+        ax.imshow(head.weights(model.embed(ids))[0].cpu(), cmap="Blues", vmin=0, vmax=1)
+        ax.set(title=f"head {i}", xlabel="reads from", ylabel="position")
+        ax.set_xticks(range(len(chars)), chars)
+        ax.set_yticks(range(len(chars)), chars)
+    fig.savefig(Path(config.out_dir, "attention.png"), dpi=60)
+
+
+# -------------------------------------------- sampling --------------------------------------------
+
+
+@torch.inference_mode()
+def generate(model, idx, config, greedy=False):
+    """Continue token ids `idx` (B, T) by config.max_new_tokens; return (B, T + max_new_tokens)."""
+    model.eval()
+    for _ in range(config.max_new_tokens):
+        logits = model(idx[:, -config.block_size :])[:, -1]  # (B, V), what follows the last position
+        if greedy:
+            next_id = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
+        else:
+            next_id = torch.multinomial(logits.softmax(dim=-1), num_samples=1)
+        idx = torch.cat([idx, next_id], dim=1)
+    return idx
+
+
+# ---------------------------------------------- main ----------------------------------------------
+
+
+def main():
+    flags = parse_flags()
+    sample_only, resume, greedy = (flags.pop(name) for name in ("sample", "resume", "greedy"))
+    if sample_only or resume:
+        checkpoint, config = load_checkpoint(flags)
+    else:
+        config = Config(**flags)
+        chars = "".join(sorted(set(load_text(config))))
+        checkpoint = {"version": NAME, "chars": chars, "step": 0, "seconds": 0.0, "history": []}
+    tokenizer = CharTokenizer(checkpoint["chars"])
+    device = pick_device(config.device)
+    prompt = torch.tensor([tokenizer.encode(config.prompt) or [0]], device=device)  # (1, T)
+
+    torch.manual_seed(config.seed)
+    model = LanguageModel(config, len(tokenizer.chars)).to(device)
+    if sample_only or resume:
+        load_weights(model, checkpoint["model"])
+    if not sample_only:
+        Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+        ids = torch.tensor(tokenizer.encode(load_text(config)), device=device)
+        train_ids, val_ids = ids.tensor_split([int(0.9 * len(ids))])
+        train(model, train_ids, val_ids, config, checkpoint)
+        model.load_state_dict(checkpoint["model"])
+        report(model, train_ids, val_ids, config, checkpoint)
+        text = config.prompt or tokenizer.decode(val_ids[: config.block_size].tolist())
+        plot_attention(model, tokenizer, text, config)
+
+    torch.manual_seed(config.seed)
+    sample = tokenizer.decode(generate(model, prompt, config, greedy)[0].tolist())
+    print(sample)
+    if not sample_only:
+        Path(config.out_dir, "sample.txt").write_text(sample, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    except OSError as error:
+        sys.exit(f"error: {error}")

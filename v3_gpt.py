@@ -1,0 +1,444 @@
+"""v3, week 4: a GPT (Radford et al. 2019). Attention and a small network make a block; blocks stack.
+
+Each block adds to what it is given instead of replacing it, and normalises what it reads, so that many can be
+stacked and still learn. The heads of v2 are computed in one matrix product: the same function, faster.
+
+Since v2_attention.py
+  added:    TransformerBlock, sample_next
+  changed:  Config, LanguageModel, MultiHeadAttention, generate, main, make_optimizer
+  removed:  SelfAttentionHead, plot_attention
+
+Result: val loss 0.0000, 0.00 bits/char, 0 parameters, 0 s on two CPU cores.
+
+    python v3_gpt.py                              train, evaluate, save, plot, print a sample
+    python v3_gpt.py --n_layer 6                  the same with another value
+    python v3_gpt.py --resume                     go on from the last checkpoint, as after Ctrl-C
+    python v3_gpt.py --sample --prompt "ROMEO:"   no training: continue a prompt with the saved model
+    python v3_gpt.py --help                       every flag
+"""
+
+import argparse
+import copy
+import inspect
+import json
+import math
+import re
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+# --------------------------------------------- config ---------------------------------------------
+
+NAME = Path(__file__).stem
+
+
+@dataclass
+class Config:
+    """Every field is a command-line flag of the same name: --max_steps 500."""
+
+    data: str = "input.txt"  # UTF-8 text to learn from
+    out_dir: str = f"runs/{NAME}"  # folder for the checkpoint, metrics, pictures and sample
+    device: str = "auto"  # auto, cuda, mps or cpu
+    seed: int = 1337  # same seed on the same machine: same numbers
+    block_size: int = 64  # characters in one training example (T), and the most that attention can see
+    batch_size: int = 32  # training examples in one step (B)
+    n_embd: int = 128  # numbers in an embedding (C)
+    n_head: int = 4  # attention heads, each n_embd / n_head wide
+    n_layer: int = 4  # transformer blocks
+    dropout: float = 0.0  # share of activations set to zero in training
+    max_steps: int = 3000  # optimizer steps
+    learning_rate: float = 0.003  # peak step size of AdamW
+    warmup_steps: int = 100  # steps in which the step size rises to its peak
+    weight_decay: float = 0.1  # pull of the matrices towards zero
+    grad_clip: float = 1.0  # longest gradient (Euclidean norm) that is used as it is
+    eval_interval: int = 100  # steps between two estimates of the loss, with a checkpoint each
+    eval_tokens: int = 20_000  # characters of each split in such an estimate
+    temperature: float = 1.0  # below 1: safer samples, above 1: bolder ones
+    top_k: int = 0  # sample among the k likeliest characters; 0: among all
+    top_p: float = 1.0  # sample among the likeliest that together reach this probability
+    prompt: str = ""  # text to continue; empty: start from the first character of the vocabulary
+    max_new_tokens: int = 500  # characters to sample
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            lowest = (
+                0
+                if name in ("seed", "dropout", "weight_decay", "top_k")
+                else 1
+                if isinstance(value, int)
+                else sys.float_info.min
+            )
+            if not isinstance(value, str) and not lowest <= value < math.inf:
+                sys.exit(f"error: --{name} {value} is impossible, the least is {lowest:.3g}")
+        if self.dropout >= 1 or self.top_p > 1:
+            sys.exit("error: --dropout must be below 1 and --top_p at most 1")
+        if self.n_embd % self.n_head:
+            sys.exit(f"error: --n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}")
+
+
+def parse_flags():
+    """Return the flags given on the command line, and only those, as a dict."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = lambda message: sys.exit(f"error: {message}; --help lists every flag")
+    parser.add_argument("--sample", action="store_true", help="do not train: continue the prompt")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--greedy", action="store_true", help="always sample the likeliest character")
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
+    for field in fields(Config):
+        meaning = f"{comments[field.name]} (default: {field.default!r})"
+        parser.add_argument(f"--{field.name}", type=field.type, default=argparse.SUPPRESS, help=meaning)
+    return vars(parser.parse_args())
+
+
+def pick_device(name):
+    """Return the device of that name; `auto` is CUDA or MPS where there is one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    here = [accelerator.type, "cpu"] if accelerator else ["cpu"]
+    if name not in ["auto", *here]:
+        sys.exit(f"error: there is no --device {name} here, choose from: auto, {', '.join(here)}")
+    return here[0] if name == "auto" else name
+
+
+# ---------------------------------------------- data ----------------------------------------------
+
+
+class CharTokenizer:
+    """Characters to ids and back: the vocabulary is a string, an id is a place in it."""
+
+    def __init__(self, chars):
+        self.chars = chars
+        self.ids = {char: i for i, char in enumerate(chars)}
+
+    def encode(self, text):
+        """Text to a list of ids; exits on a character that the vocabulary lacks."""
+        try:
+            return [self.ids[char] for char in text]
+        except KeyError as error:
+            sys.exit(f"error: the character {error} is not among the {len(self.chars)} of the vocabulary")
+
+    def decode(self, ids):
+        """List of ids to text."""
+        return "".join(self.chars[i] for i in ids)
+
+
+def load_text(config):
+    """Return the text to learn from; exits if it is missing, not UTF-8 or too short."""
+    try:
+        text = Path(config.data).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"error: cannot read {config.data} as UTF-8 text ({error}); name another file with --data")
+    least = 10 * (config.block_size + 1)  # the last 10% must hold one window
+    if len(text) < least:
+        sys.exit(f"error: {config.data} is too short: {len(text)} characters, this block_size needs {least}")
+    return text
+
+
+def get_batch(ids, config):
+    """Draw windows of `ids` (N,) at random; return inputs and targets, both (B, T)."""
+    windows = ids.unfold(0, config.block_size + 1, 1)  # (N - T, T + 1), a view: nothing is copied
+    batch = windows[torch.randint(len(windows), (config.batch_size,), device=ids.device)]  # (B, T + 1)
+    # Teacher forcing: each position sees the true text so far, never the model's own guesses, and is asked
+    # for the character that follows. So targets are inputs shifted by one: inputs "To b", targets "o be".
+    return batch[:, :-1], batch[:, 1:]
+
+
+# ---------------------------------------------- model ----------------------------------------------
+
+
+class MultiHeadAttention(nn.Module):
+    """Causal self-attention, all heads in one matrix product and one fused kernel."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        """(B, T, C) to (B, T, C)."""
+        q, k, v = (
+            self.qkv(x).unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        )  # (B, n_head, T, head_size)
+        dropout = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-LN block (Xiong et al. 2020): attention, then an MLP, each added to what came in."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.n_embd)
+        self.attention = MultiHeadAttention(config)
+        self.norm2 = nn.LayerNorm(config.n_embd)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.n_embd, 4 * config.n_embd),
+            nn.GELU(),
+            nn.Linear(4 * config.n_embd, config.n_embd),
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        """(B, T, C) to (B, T, C)."""
+        x = x + self.dropout(self.attention(self.norm1(x)))
+        x = x + self.dropout(self.mlp(self.norm2(x)))
+        return x
+
+
+class LanguageModel(nn.Module):
+    """Token and position embeddings, n_layer transformer blocks, a last LayerNorm, logits."""
+
+    def __init__(self, config, vocab_size):
+        super().__init__()
+        self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
+        self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.Sequential(*[TransformerBlock(config) for _ in range(config.n_layer)])
+        self.norm = nn.LayerNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
+        for name, parameter in self.named_parameters():  # as in GPT-2
+            if parameter.dim() == 2:
+                into_residual = name.endswith(("proj.weight", "mlp.2.weight"))
+                nn.init.normal_(
+                    parameter, std=0.02 / math.sqrt(2 * config.n_layer) if into_residual else 0.02
+                )
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, idx):
+        """Token ids (B, T) to next-token logits (B, T, V)."""
+        positions = torch.arange(idx.shape[1], device=idx.device)
+        x = self.dropout(self.token_embedding(idx) + self.position_embedding(positions))  # (B, T, C)
+        return self.head(self.norm(self.blocks(x)))
+
+
+# -------------------------------------------- training --------------------------------------------
+
+
+@torch.inference_mode()
+def evaluate(model, ids, config, max_tokens=None):
+    """Mean loss in nats per token over consecutive windows of `ids` (N,), every token predicted once.
+
+    With `max_tokens`, over evenly spread windows of about that many tokens: fixed, and cheap to repeat.
+    """
+    T = config.block_size
+    padding = -(len(ids) - 1) % T  # fills up the last window; cross_entropy skips targets of -100
+    x = F.pad(ids[:-1], (0, padding)).view(-1, T)
+    y = F.pad(ids[1:], (0, padding), value=-100).view(-1, T)
+    if max_tokens:
+        stride = max(1, len(ids) // max_tokens)
+        x, y = x[::stride], y[::stride]
+    model.eval()
+    total = 0.0
+    for xb, yb in zip(x.split(config.batch_size), y.split(config.batch_size), strict=True):
+        total += F.cross_entropy(model(xb).flatten(0, 1), yb.flatten(), reduction="sum").item()
+    model.train()
+    return total / (y != -100).sum().item()
+
+
+def save_checkpoint(checkpoint, config):
+    """Write to a temporary file, then rename: a write that is cut short harms nothing."""
+    path = Path(config.out_dir, "checkpoint.pt")
+    torch.save(checkpoint, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
+def load_checkpoint(flags):
+    """Return the checkpoint and its Config, in which `flags` replace saved values; exits if unusable."""
+    path = Path(flags.get("out_dir", Config.out_dir), "checkpoint.pt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["version"] != NAME:
+            raise ValueError(f"saved by {checkpoint['version']}")
+        return checkpoint, Config(**{**checkpoint["config"], **flags})
+    except Exception as error:  # missing, truncated, or something else altogether
+        reason = str(error).split("\n")[0]
+        sys.exit(f"error: no checkpoint of {NAME} in {path} ({reason}); train first: python {NAME}.py")
+
+
+def load_weights(model, weights):
+    """Copy `weights` into `model`; exits if their shapes differ."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:
+        sys.exit("error: the saved weights have another shape; leave out the flags that change the model")
+
+
+def make_optimizer(model, config):
+    """AdamW (Loshchilov and Hutter 2019) with weight decay on matrices, not on biases and LayerNorms."""
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    lr, weight_decay = config.learning_rate, config.weight_decay
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
+
+
+def learning_rate_at(step, config):
+    """Linear warm-up to config.learning_rate, then half a cosine down to a tenth of it at the last step."""
+    if step < config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    return config.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def train(model, train_ids, val_ids, config, checkpoint):
+    """Train to config.max_steps from where `checkpoint` stands, and save it at each estimate and on Ctrl-C.
+
+    checkpoint["model"] holds the weights of the lowest val loss, checkpoint["last"] those to go on from.
+    """
+    optimizer = make_optimizer(model, config)
+    if "last" in checkpoint:
+        model.load_state_dict(checkpoint["last"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    stop = []  # Ctrl-C leaves a note here, to be read between two steps
+    signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    start = time.perf_counter() - checkpoint["seconds"]
+    steps = range(checkpoint["step"] + 1, config.max_steps + 1)
+    for step in (bar := tqdm(steps, initial=checkpoint["step"], total=config.max_steps, unit="step")):
+        torch.manual_seed(config.seed + step)  # chance depends on the step alone: a resumed run repeats it
+        x, y = get_batch(train_ids, config)
+        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, config)
+        optimizer.step()
+
+        evaluate_now = step % config.eval_interval == 0 or step == config.max_steps
+        if evaluate_now or stop or step % 10 == 0:
+            seconds = time.perf_counter() - start
+            bar.set_postfix_str(f"loss {loss.item():.4f}, {step * x.numel() / seconds:,.0f} tokens/s")
+            if not math.isfinite(loss.item()) or not math.isfinite(norm):
+                sys.exit(f"\nerror: the loss is {loss.item()} at step {step}; try a lower --learning_rate")
+        if evaluate_now:
+            train_loss = evaluate(model, train_ids, config, config.eval_tokens)
+            val_loss = evaluate(model, val_ids, config, config.eval_tokens)
+            checkpoint["history"].append(
+                {"step": step, "seconds": seconds, "train_loss": train_loss, "val_loss": val_loss}
+            )
+            if val_loss == min(point["val_loss"] for point in checkpoint["history"]):
+                checkpoint["model"] = copy.deepcopy(model.state_dict())
+        if evaluate_now or stop:
+            checkpoint.setdefault("model", model.state_dict())
+            checkpoint.update(last=model.state_dict(), optimizer=optimizer.state_dict())
+            checkpoint.update(config=asdict(config), step=step, seconds=time.perf_counter() - start)
+            save_checkpoint(checkpoint, config)
+        if stop:
+            sys.exit(f"\nstopped after step {step} and saved; the same command with --resume goes on")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def report(model, train_ids, val_ids, config, checkpoint):
+    """Evaluate on the whole validation split; write metrics.json and loss.png; print a summary."""
+    history, tokens = checkpoint["history"], checkpoint["step"] * config.batch_size * config.block_size
+    val_loss = evaluate(model, val_ids, config)
+    metrics = {
+        "version": NAME,
+        "params": sum(p.numel() for p in model.parameters()),
+        "steps": checkpoint["step"],
+        "tokens": tokens,
+        "seconds": checkpoint["seconds"],
+        "tokens_per_second": tokens / checkpoint["seconds"],
+        "train_loss": evaluate(model, train_ids[: len(val_ids)], config),
+        "val_loss": val_loss,
+        "perplexity": torch.tensor(val_loss).exp().item(),
+        "bits_per_char": val_loss / math.log(2),
+        "history": history,
+        "config": asdict(config),
+        "torch": torch.__version__,
+        "device": val_ids.device.type,
+        "threads": torch.get_num_threads(),
+    }
+    Path(config.out_dir, "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    fig, ax = plt.subplots()
+    for split in ("train_loss", "val_loss"):
+        ax.plot([point["step"] for point in history], [point[split] for point in history], label=split)
+    ax.set(xlabel="step", ylabel="loss (nats per token)")
+    ax.legend()
+    fig.savefig(Path(config.out_dir, "loss.png"))
+    for name in ("params", "seconds", "tokens_per_second", "val_loss", "perplexity", "bits_per_char"):
+        print(f"{name:>18} {metrics[name]:,.4f}".removesuffix(".0000"))
+    print(f"{'files in':>18} {config.out_dir}\n")
+
+
+# -------------------------------------------- sampling --------------------------------------------
+
+
+def sample_next(logits, config):
+    """Draw ids (B, 1) from logits (B, V) after temperature, top-k and top-p.
+
+    Top-k is by Fan et al. 2018, top-p or nucleus sampling by Holtzman et al. 2020.
+    """
+    logits, ids = (logits / config.temperature).sort(dim=-1, descending=True)
+    probs = logits.softmax(dim=-1)  # (B, V), likeliest first
+    if config.top_k:
+        probs[:, config.top_k :] = 0
+    probs = probs / probs.sum(dim=-1, keepdim=True)
+    likelier = probs.cumsum(dim=-1) - probs  # how much probability stands before each
+    probs[likelier >= config.top_p] = 0
+    return ids.gather(-1, torch.multinomial(probs, num_samples=1))
+
+
+@torch.inference_mode()
+def generate(model, idx, config, greedy=False):
+    """Continue token ids `idx` (B, T) by config.max_new_tokens; return (B, T + max_new_tokens)."""
+    model.eval()
+    for _ in range(config.max_new_tokens):
+        logits = model(idx[:, -config.block_size :])[:, -1]  # (B, V), what follows the last position
+        next_id = logits.argmax(dim=-1, keepdim=True) if greedy else sample_next(logits, config)  # (B, 1)
+        idx = torch.cat([idx, next_id], dim=1)
+    return idx
+
+
+# ---------------------------------------------- main ----------------------------------------------
+
+
+def main():
+    flags = parse_flags()
+    sample_only, resume, greedy = (flags.pop(name) for name in ("sample", "resume", "greedy"))
+    if sample_only or resume:
+        checkpoint, config = load_checkpoint(flags)
+    else:
+        config = Config(**flags)
+        chars = "".join(sorted(set(load_text(config))))
+        checkpoint = {"version": NAME, "chars": chars, "step": 0, "seconds": 0.0, "history": []}
+    tokenizer = CharTokenizer(checkpoint["chars"])
+    device = pick_device(config.device)
+    prompt = torch.tensor([tokenizer.encode(config.prompt) or [0]], device=device)  # (1, T)
+
+    torch.manual_seed(config.seed)
+    model = LanguageModel(config, len(tokenizer.chars)).to(device)
+    if sample_only or resume:
+        load_weights(model, checkpoint["model"])
+    if not sample_only:
+        Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+        ids = torch.tensor(tokenizer.encode(load_text(config)), device=device)
+        train_ids, val_ids = ids.tensor_split([int(0.9 * len(ids))])
+        train(model, train_ids, val_ids, config, checkpoint)
+        model.load_state_dict(checkpoint["model"])
+        report(model, train_ids, val_ids, config, checkpoint)
+
+    torch.manual_seed(config.seed)
+    sample = tokenizer.decode(generate(model, prompt, config, greedy)[0].tolist())
+    print(sample)
+    if not sample_only:
+        Path(config.out_dir, "sample.txt").write_text(sample, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    except OSError as error:
+        sys.exit(f"error: {error}")
