@@ -5,10 +5,7 @@ The model is one (V, V) table: a row for the current character, in it a score (l
 
 Result: val loss 0.0000, 0.00 bits/char, 0 parameters, 0 s on two CPU cores.
 
-    python v0_bigram.py                              train, evaluate, save, plot, print a sample
-    python v0_bigram.py --learning_rate 0.1          the same with another value
-    python v0_bigram.py --sample --prompt "ROMEO:"   no training: continue a prompt with the saved model
-    python v0_bigram.py --help                       every flag
+Run it with: python v0_bigram.py, or with --help to see every flag.
 """
 
 import argparse
@@ -49,10 +46,11 @@ class Config:
     max_new_tokens: int = 500  # characters to sample
 
     def __post_init__(self):
+        may_be_zero = ("seed",)
         for name, value in vars(self).items():
-            lowest = 0 if name == "seed" else 1 if isinstance(value, int) else sys.float_info.min
-            if not isinstance(value, str) and not lowest <= value < math.inf:
-                sys.exit(f"error: --{name} {value} is impossible, the least is {lowest:.3g}")
+            limit = 2**31 if isinstance(value, int) else math.inf
+            if not isinstance(value, str) and not (0 < value < limit or (value == 0 and name in may_be_zero)):
+                sys.exit(f"error: --{name} {value} is impossible, it must be a positive number")
 
 
 def parse_flags():
@@ -61,6 +59,7 @@ def parse_flags():
     parser.error = lambda message: sys.exit(f"error: {message}; --help lists every flag")
     parser.add_argument("--sample", action="store_true", help="do not train: continue the prompt")
     parser.add_argument("--greedy", action="store_true", help="always sample the likeliest character")
+    # --help shows the comment beside each field of Config
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
     for field in fields(Config):
         meaning = f"{comments[field.name]} (default: {field.default!r})"
@@ -71,10 +70,10 @@ def parse_flags():
 def pick_device(name):
     """Return the device of that name; `auto` is CUDA or MPS where there is one, else the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    here = [accelerator.type, "cpu"] if accelerator else ["cpu"]
-    if name not in ["auto", *here]:
-        sys.exit(f"error: there is no --device {name} here, choose from: auto, {', '.join(here)}")
-    return here[0] if name == "auto" else name
+    available = [accelerator.type, "cpu"] if accelerator else ["cpu"]
+    if name not in ["auto", *available]:
+        sys.exit(f"error: there is no --device {name} here, choose from: auto, {', '.join(available)}")
+    return available[0] if name == "auto" else name
 
 
 # ---------------------------------------------- data ----------------------------------------------
@@ -92,7 +91,7 @@ class CharTokenizer:
         try:
             return [self.ids[char] for char in text]
         except KeyError as error:
-            sys.exit(f"error: the character {error} is not among the {len(self.chars)} of the vocabulary")
+            sys.exit(f"error: the vocabulary lacks the character {error}; change --prompt or --data")
 
     def decode(self, ids):
         """List of ids to text."""
@@ -113,8 +112,8 @@ def load_text(config):
 
 def get_batch(ids, config):
     """Draw windows of `ids` (N,) at random; return inputs and targets, both (B, T)."""
-    windows = ids.unfold(0, config.block_size + 1, 1)  # (N - T, T + 1), a view: nothing is copied
-    batch = windows[torch.randint(len(windows), (config.batch_size,), device=ids.device)]  # (B, T + 1)
+    starts = torch.randint(len(ids) - config.block_size, (config.batch_size, 1), device=ids.device)
+    batch = ids[starts + torch.arange(config.block_size + 1, device=ids.device)]  # (B, T + 1)
     # Teacher forcing: each position sees the true text so far, never the model's own guesses, and is asked
     # for the character that follows. So targets are inputs shifted by one: inputs "To b", targets "o be".
     return batch[:, :-1], batch[:, 1:]
@@ -156,9 +155,10 @@ def evaluate(model, ids, config):
 
 def save_checkpoint(checkpoint, config):
     """Write to a temporary file, then rename: a write that is cut short harms nothing."""
-    path = Path(config.out_dir, "checkpoint.pt")
-    torch.save(checkpoint, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    temporary = Path(config.out_dir, "checkpoint.tmp")
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+    temporary.replace(temporary.with_suffix(".pt"))
 
 
 def load_checkpoint(flags):
@@ -168,7 +168,7 @@ def load_checkpoint(flags):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["version"] != NAME:
             raise ValueError(f"saved by {checkpoint['version']}")
-        return checkpoint, Config(**{**checkpoint["config"], **flags})
+        return checkpoint, Config(**checkpoint["config"] | flags)
     except Exception as error:  # missing, truncated, or something else altogether
         reason = str(error).split("\n")[0]
         sys.exit(f"error: no checkpoint of {NAME} in {path} ({reason}); train first: python {NAME}.py")
@@ -180,7 +180,7 @@ def train(model, train_ids, val_ids, config, checkpoint):
     start = time.perf_counter()
     for step in (bar := tqdm(range(1, config.max_steps + 1), unit="step")):
         x, y = get_batch(train_ids, config)
-        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())  # (B * T, V) against (B * T,)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -188,12 +188,12 @@ def train(model, train_ids, val_ids, config, checkpoint):
         if step % config.eval_interval == 0 or step == config.max_steps:
             train_loss, val_loss = loss.item(), evaluate(model, val_ids, config)
             seconds = time.perf_counter() - start
-            bar.set_postfix_str(f"loss {val_loss:.4f}, {step * x.numel() / seconds:,.0f} tokens/s")
+            status = f"val loss {val_loss:.4f}, {step * x.numel() / seconds:,.0f} tokens/s"
+            bar.set_postfix_str(status, refresh=False)
             if not math.isfinite(val_loss):
-                sys.exit(f"\nerror: the loss is {val_loss} at step {step}; try a lower --learning_rate")
-            checkpoint["history"].append(
-                {"step": step, "seconds": seconds, "train_loss": train_loss, "val_loss": val_loss}
-            )
+                sys.exit(f"\nerror: the loss is not finite at step {step}; try a lower --learning_rate")
+            point = {"step": step, "seconds": seconds, "train_loss": train_loss, "val_loss": val_loss}
+            checkpoint["history"].append(point)
     checkpoint.update(config=asdict(config), model=model.state_dict(), step=step, seconds=seconds)
     save_checkpoint(checkpoint, config)
 
@@ -209,9 +209,9 @@ def report(model, train_ids, val_ids, config, checkpoint):
         "tokens": tokens,
         "seconds": checkpoint["seconds"],
         "tokens_per_second": tokens / checkpoint["seconds"],
-        "train_loss": evaluate(model, train_ids[: len(val_ids)], config),
+        "train_loss": evaluate(model, train_ids[: len(val_ids)], config),  # as much text as for val_loss
         "val_loss": val_loss,
-        "perplexity": torch.tensor(val_loss).exp().item(),
+        "perplexity": math.exp(min(val_loss, 700)),  # a float holds no more
         "bits_per_char": val_loss / math.log(2),
         "history": history,
         "config": asdict(config),
@@ -222,7 +222,7 @@ def report(model, train_ids, val_ids, config, checkpoint):
     Path(config.out_dir, "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
     fig, ax = plt.subplots()
     for split in ("train_loss", "val_loss"):
-        ax.plot([point["step"] for point in history], [point[split] for point in history], label=split)
+        ax.plot([point["step"] for point in history], [point[split] for point in history], ".-", label=split)
     ax.set(xlabel="step", ylabel="loss (nats per token)")
     ax.legend()
     fig.savefig(Path(config.out_dir, "loss.png"))
@@ -262,7 +262,7 @@ def main():
         checkpoint = {"version": NAME, "chars": chars, "step": 0, "seconds": 0.0, "history": []}
     tokenizer = CharTokenizer(checkpoint["chars"])
     device = pick_device(config.device)
-    prompt = torch.tensor([tokenizer.encode(config.prompt) or [0]], device=device)  # (1, T)
+    prompt = torch.tensor([tokenizer.encode(config.prompt) or [0]], device=device)  # (1, T), never empty
 
     torch.manual_seed(config.seed)
     model = LanguageModel(config, len(tokenizer.chars)).to(device)
@@ -271,18 +271,19 @@ def main():
     else:
         Path(config.out_dir).mkdir(parents=True, exist_ok=True)
         ids = torch.tensor(tokenizer.encode(load_text(config)), device=device)
-        train_ids, val_ids = ids.tensor_split([int(0.9 * len(ids))])
+        train_ids, val_ids = ids.tensor_split([int(0.9 * len(ids))])  # the last 10% are for validation
         train(model, train_ids, val_ids, config, checkpoint)
         report(model, train_ids, val_ids, config, checkpoint)
 
     torch.manual_seed(config.seed)
     sample = tokenizer.decode(generate(model, prompt, config, greedy)[0].tolist())
-    print(sample)
     if not sample_only:
         Path(config.out_dir, "sample.txt").write_text(sample, encoding="utf-8")
+    print(sample)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # print even what the terminal has no character for
     try:
         main()
     except KeyboardInterrupt:

@@ -10,11 +10,7 @@ Since v0_bigram.py
 
 Result: val loss 0.0000, 0.00 bits/char, 0 parameters, 0 s on two CPU cores.
 
-    python v1_mlp.py                              train, evaluate, save, plot, print a sample
-    python v1_mlp.py --window 16                  the same with another value
-    python v1_mlp.py --resume                     go on from the last checkpoint, as after Ctrl-C
-    python v1_mlp.py --sample --prompt "ROMEO:"   no training: continue a prompt with the saved model
-    python v1_mlp.py --help                       every flag
+Run it with: python v1_mlp.py, or with --help to see every flag.
 """
 
 import argparse
@@ -49,33 +45,36 @@ class Config:
     device: str = "auto"  # auto, cuda, mps or cpu
     seed: int = 1337  # same seed on the same machine: same numbers
     block_size: int = 64  # characters in one training example (T)
-    batch_size: int = 64  # training examples in one step (B)
+    batch_size: int = 32  # training examples in one step (B)
     window: int = 8  # characters that the model sees, the current one included
     n_embd: int = 32  # numbers in an embedding (C)
-    n_hidden: int = 512  # units in each hidden layer
-    max_steps: int = 2000  # optimizer steps
-    learning_rate: float = 0.003  # peak step size of AdamW
+    n_hidden: int = 256  # units in each hidden layer
+    max_steps: int = 1200  # optimizer steps
+    learning_rate: float = 0.005  # peak step size of AdamW
     warmup_steps: int = 50  # steps in which the step size rises to its peak
-    grad_clip: float = 1.0  # longest gradient (Euclidean norm) that is used as it is
+    grad_clip: float = 1.0  # a gradient with a larger Euclidean norm is scaled down to it
     eval_interval: int = 100  # steps between two estimates of the loss, with a checkpoint each
     eval_tokens: int = 20_000  # characters of each split in such an estimate
     prompt: str = ""  # text to continue; empty: start from the first character of the vocabulary
     max_new_tokens: int = 500  # characters to sample
 
     def __post_init__(self):
+        may_be_zero = ("seed", "warmup_steps")
         for name, value in vars(self).items():
-            lowest = 0 if name == "seed" else 1 if isinstance(value, int) else sys.float_info.min
-            if not isinstance(value, str) and not lowest <= value < math.inf:
-                sys.exit(f"error: --{name} {value} is impossible, the least is {lowest:.3g}")
+            limit = 2**31 if isinstance(value, int) else math.inf
+            if not isinstance(value, str) and not (0 < value < limit or (value == 0 and name in may_be_zero)):
+                sys.exit(f"error: --{name} {value} is impossible, it must be a positive number")
 
 
 def parse_flags():
     """Return the flags given on the command line, and only those, as a dict."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"error: {message}; --help lists every flag")
-    parser.add_argument("--sample", action="store_true", help="do not train: continue the prompt")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--sample", action="store_true", help="do not train: continue the prompt")
+    mode.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--greedy", action="store_true", help="always sample the likeliest character")
+    # --help shows the comment beside each field of Config
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
     for field in fields(Config):
         meaning = f"{comments[field.name]} (default: {field.default!r})"
@@ -86,10 +85,10 @@ def parse_flags():
 def pick_device(name):
     """Return the device of that name; `auto` is CUDA or MPS where there is one, else the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    here = [accelerator.type, "cpu"] if accelerator else ["cpu"]
-    if name not in ["auto", *here]:
-        sys.exit(f"error: there is no --device {name} here, choose from: auto, {', '.join(here)}")
-    return here[0] if name == "auto" else name
+    available = [accelerator.type, "cpu"] if accelerator else ["cpu"]
+    if name not in ["auto", *available]:
+        sys.exit(f"error: there is no --device {name} here, choose from: auto, {', '.join(available)}")
+    return available[0] if name == "auto" else name
 
 
 # ---------------------------------------------- data ----------------------------------------------
@@ -107,7 +106,7 @@ class CharTokenizer:
         try:
             return [self.ids[char] for char in text]
         except KeyError as error:
-            sys.exit(f"error: the character {error} is not among the {len(self.chars)} of the vocabulary")
+            sys.exit(f"error: the vocabulary lacks the character {error}; change --prompt or --data")
 
     def decode(self, ids):
         """List of ids to text."""
@@ -128,8 +127,8 @@ def load_text(config):
 
 def get_batch(ids, config):
     """Draw windows of `ids` (N,) at random; return inputs and targets, both (B, T)."""
-    windows = ids.unfold(0, config.block_size + 1, 1)  # (N - T, T + 1), a view: nothing is copied
-    batch = windows[torch.randint(len(windows), (config.batch_size,), device=ids.device)]  # (B, T + 1)
+    starts = torch.randint(len(ids) - config.block_size, (config.batch_size, 1), device=ids.device)
+    batch = ids[starts + torch.arange(config.block_size + 1, device=ids.device)]  # (B, T + 1)
     # Teacher forcing: each position sees the true text so far, never the model's own guesses, and is asked
     # for the character that follows. So targets are inputs shifted by one: inputs "To b", targets "o be".
     return batch[:, :-1], batch[:, 1:]
@@ -145,6 +144,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.window = config.window
         self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
+        # Concatenation already tells the slots apart: the bias of the first layer could hold these instead.
         self.position_embedding = nn.Parameter(torch.zeros(config.window, config.n_embd))
         self.mlp = nn.Sequential(
             nn.Linear(config.window * config.n_embd, config.n_hidden),
@@ -158,11 +158,8 @@ class LanguageModel(nn.Module):
         """Token ids (B, T) to next-token logits (B, T, V); before the first token the window holds zeros."""
         x = self.token_embedding(idx)  # (B, T, C)
         x = F.pad(x, (0, 0, self.window - 1, 0))  # (B, window - 1 + T, C)
-        x = x.unfold(1, self.window, 1).transpose(
-            2, 3
-        )  # (B, T, window, C): position t sees t - window + 1 to t
-        x = x + self.position_embedding
-        return self.mlp(x.flatten(2))  # (B, T, V)
+        x = x.unfold(1, self.window, 1).transpose(2, 3)  # (B, T, window, C): t sees t - window + 1 to t
+        return self.mlp((x + self.position_embedding).flatten(2))
 
 
 # -------------------------------------------- training --------------------------------------------
@@ -191,9 +188,10 @@ def evaluate(model, ids, config, max_tokens=None):
 
 def save_checkpoint(checkpoint, config):
     """Write to a temporary file, then rename: a write that is cut short harms nothing."""
-    path = Path(config.out_dir, "checkpoint.pt")
-    torch.save(checkpoint, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    temporary = Path(config.out_dir, "checkpoint.tmp")
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+    temporary.replace(temporary.with_suffix(".pt"))
 
 
 def load_checkpoint(flags):
@@ -203,18 +201,24 @@ def load_checkpoint(flags):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["version"] != NAME:
             raise ValueError(f"saved by {checkpoint['version']}")
-        return checkpoint, Config(**{**checkpoint["config"], **flags})
+        return checkpoint, Config(**checkpoint["config"] | flags)
     except Exception as error:  # missing, truncated, or something else altogether
         reason = str(error).split("\n")[0]
         sys.exit(f"error: no checkpoint of {NAME} in {path} ({reason}); train first: python {NAME}.py")
 
 
-def load_weights(model, weights):
-    """Copy `weights` into `model`; exits if their shapes differ."""
+def load_weights(model, checkpoint, config):
+    """Copy the saved weights into `model`; exits if `config` is not the one they were trained with."""
+    for name, saved in checkpoint["config"].items():
+        fixed = name.startswith("n_") or name in ("data", "window", "block_size", "batch_size", "eval_tokens")
+        if fixed and getattr(config, name) != saved:
+            sys.exit(f"error: the saved model has --{name} {saved}; leave out that flag or train anew")
+    if config.max_steps < checkpoint["step"]:
+        sys.exit(f"error: --max_steps {config.max_steps} is less than the {checkpoint['step']} steps taken")
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(checkpoint["model"])
     except RuntimeError:
-        sys.exit("error: the saved weights have another shape; leave out the flags that change the model")
+        sys.exit(f"error: the saved weights do not fit the model in {NAME}.py; train again")
 
 
 def make_optimizer(model, config):
@@ -244,9 +248,9 @@ def train(model, train_ids, val_ids, config, checkpoint):
     start = time.perf_counter() - checkpoint["seconds"]
     steps = range(checkpoint["step"] + 1, config.max_steps + 1)
     for step in (bar := tqdm(steps, initial=checkpoint["step"], total=config.max_steps, unit="step")):
-        torch.manual_seed(config.seed + step)  # chance depends on the step alone: a resumed run repeats it
+        torch.manual_seed(1_000_000 * config.seed + step)  # a resumed run draws what it would have drawn
         x, y = get_batch(train_ids, config)
-        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())  # (B * T, V) against (B * T,)
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -255,27 +259,33 @@ def train(model, train_ids, val_ids, config, checkpoint):
         optimizer.step()
 
         evaluate_now = step % config.eval_interval == 0 or step == config.max_steps
-        if evaluate_now or stop or step % 10 == 0:
+        stop_now = bool(stop)  # asked once: a Ctrl-C from here on counts for the next step
+        if evaluate_now or stop_now or step % 10 == 0:
             seconds = time.perf_counter() - start
-            bar.set_postfix_str(f"loss {loss.item():.4f}, {step * x.numel() / seconds:,.0f} tokens/s")
+            status = f"loss {loss.item():.4f}, {step * x.numel() / seconds:,.0f} tokens/s"
+            bar.set_postfix_str(status, refresh=False)
             if not math.isfinite(loss.item()) or not math.isfinite(norm):
-                sys.exit(f"\nerror: the loss is {loss.item()} at step {step}; try a lower --learning_rate")
+                sys.exit(f"\nerror: the loss is not finite at step {step}; try a lower --learning_rate")
         if evaluate_now:
             train_loss = evaluate(model, train_ids, config, config.eval_tokens)
             val_loss = evaluate(model, val_ids, config, config.eval_tokens)
-            checkpoint["history"].append(
-                {"step": step, "seconds": seconds, "train_loss": train_loss, "val_loss": val_loss}
-            )
+            if not math.isfinite(val_loss):
+                sys.exit(f"\nerror: the loss is not finite at step {step}; try a lower --learning_rate")
+            point = {"step": step, "seconds": seconds, "train_loss": train_loss, "val_loss": val_loss}
+            checkpoint["history"].append(point)
             if val_loss == min(point["val_loss"] for point in checkpoint["history"]):
                 checkpoint["model"] = copy.deepcopy(model.state_dict())
-        if evaluate_now or stop:
-            checkpoint.setdefault("model", model.state_dict())
+        if evaluate_now or stop_now:
+            if not checkpoint["history"]:
+                checkpoint["model"] = model.state_dict()
             checkpoint.update(last=model.state_dict(), optimizer=optimizer.state_dict())
             checkpoint.update(config=asdict(config), step=step, seconds=time.perf_counter() - start)
             save_checkpoint(checkpoint, config)
-        if stop:
+        if stop_now:
             sys.exit(f"\nstopped after step {step} and saved; the same command with --resume goes on")
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if stop:
+        raise KeyboardInterrupt
 
 
 def report(model, train_ids, val_ids, config, checkpoint):
@@ -289,9 +299,9 @@ def report(model, train_ids, val_ids, config, checkpoint):
         "tokens": tokens,
         "seconds": checkpoint["seconds"],
         "tokens_per_second": tokens / checkpoint["seconds"],
-        "train_loss": evaluate(model, train_ids[: len(val_ids)], config),
+        "train_loss": evaluate(model, train_ids[: len(val_ids)], config),  # as much text as for val_loss
         "val_loss": val_loss,
-        "perplexity": torch.tensor(val_loss).exp().item(),
+        "perplexity": math.exp(min(val_loss, 700)),  # a float holds no more
         "bits_per_char": val_loss / math.log(2),
         "history": history,
         "config": asdict(config),
@@ -302,7 +312,7 @@ def report(model, train_ids, val_ids, config, checkpoint):
     Path(config.out_dir, "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
     fig, ax = plt.subplots()
     for split in ("train_loss", "val_loss"):
-        ax.plot([point["step"] for point in history], [point[split] for point in history], label=split)
+        ax.plot([point["step"] for point in history], [point[split] for point in history], ".-", label=split)
     ax.set(xlabel="step", ylabel="loss (nats per token)")
     ax.legend()
     fig.savefig(Path(config.out_dir, "loss.png"))
@@ -342,28 +352,29 @@ def main():
         checkpoint = {"version": NAME, "chars": chars, "step": 0, "seconds": 0.0, "history": []}
     tokenizer = CharTokenizer(checkpoint["chars"])
     device = pick_device(config.device)
-    prompt = torch.tensor([tokenizer.encode(config.prompt) or [0]], device=device)  # (1, T)
+    prompt = torch.tensor([tokenizer.encode(config.prompt) or [0]], device=device)  # (1, T), never empty
 
     torch.manual_seed(config.seed)
     model = LanguageModel(config, len(tokenizer.chars)).to(device)
     if sample_only or resume:
-        load_weights(model, checkpoint["model"])
+        load_weights(model, checkpoint, config)
     if not sample_only:
         Path(config.out_dir).mkdir(parents=True, exist_ok=True)
         ids = torch.tensor(tokenizer.encode(load_text(config)), device=device)
-        train_ids, val_ids = ids.tensor_split([int(0.9 * len(ids))])
+        train_ids, val_ids = ids.tensor_split([int(0.9 * len(ids))])  # the last 10% are for validation
         train(model, train_ids, val_ids, config, checkpoint)
         model.load_state_dict(checkpoint["model"])
         report(model, train_ids, val_ids, config, checkpoint)
 
     torch.manual_seed(config.seed)
     sample = tokenizer.decode(generate(model, prompt, config, greedy)[0].tolist())
-    print(sample)
     if not sample_only:
         Path(config.out_dir, "sample.txt").write_text(sample, encoding="utf-8")
+    print(sample)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # print even what the terminal has no character for
     try:
         main()
     except KeyboardInterrupt:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields
-from io import StringIO
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from unittest.mock import patch
 
@@ -51,7 +51,8 @@ def run_rung(rung, *flags, cwd):
 
 def run_here(rung, *flags, cwd):
     """The same inside this process, as `__main__`, which saves the second that importing torch takes."""
-    stdout, stderr, code, back = StringIO(), StringIO(), 0, os.getcwd()
+    stdout, stderr = (TextIOWrapper(BytesIO(), encoding="utf-8", newline="\n") for _ in range(2))
+    code, back = 0, os.getcwd()
     argv = command(rung, *flags)[1:]
     os.chdir(cwd)
     try:
@@ -63,7 +64,11 @@ def run_here(rung, *flags, cwd):
     finally:
         os.chdir(back)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    return subprocess.CompletedProcess(argv, code, stdout.getvalue(), stderr.getvalue())
+    texts = []
+    for stream in (stdout, stderr):
+        stream.flush()
+        texts.append(stream.buffer.getvalue().decode("utf-8"))
+    return subprocess.CompletedProcess(argv, code, *texts)
 
 
 @pytest.fixture(params=RUNGS)

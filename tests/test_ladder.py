@@ -6,6 +6,7 @@ import importlib
 import re
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import reproduce
@@ -13,7 +14,7 @@ from common import load_results
 from conftest import ROOT, RUNGS
 
 ROOMS = ["config", "data", "model", "training", "sampling", "main"]
-STEPS = list(zip(RUNGS, RUNGS[1:], strict=False))
+STEPS = list(pairwise(RUNGS))
 ALLOWED = {"torch", "numpy", "matplotlib", "tqdm"}
 LOGS = sorted((ROOT / "logs").glob("week_*.md"))
 

@@ -9,6 +9,8 @@ from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
 
+import matplotlib.pyplot as plt
+
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / "logs"
 RESULTS = LOGS / "results.json"
@@ -54,7 +56,7 @@ def fill(path, blocks):
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
-def run(rung, name, replace=None, quiet=True, **flags):
+def run(rung, name, replace=None, **flags):
     """Run `rung` ("v1_mlp") as from the command line with `flags`; return its metrics.
 
     `name` is the folder below runs/experiments; `replace` maps names in the rung's module to stand-ins: so
@@ -64,9 +66,10 @@ def run(rung, name, replace=None, quiet=True, **flags):
     out_dir = ROOT / "runs" / "experiments" / name
     argv = [f"{rung}.py", f"--data={ROOT / 'input.txt'}", f"--out_dir={out_dir}"]
     argv += [f"--{flag}={value}" for flag, value in flags.items()]
-    stdout = StringIO() if quiet else sys.stdout
-    with patch.object(sys, "argv", argv), patch.multiple(module, **replace or {}), redirect_stdout(stdout):
+    replace = {"NAME": rung, **(replace or {})}
+    with patch.object(sys, "argv", argv), patch.multiple(module, **replace), redirect_stdout(StringIO()):
         module.main()
+    plt.close("all")
     return json.loads((out_dir / "metrics.json").read_text(encoding="utf-8"))
 
 
