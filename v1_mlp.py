@@ -49,7 +49,7 @@ class Config:
     window: int = 8  # characters that the model sees, the current one included
     n_embd: int = 32  # numbers in an embedding (C)
     n_hidden: int = 256  # units in each hidden layer
-    max_steps: int = 1200  # optimizer steps
+    max_steps: int = 800  # optimizer steps
     learning_rate: float = 0.005  # peak step size of AdamW
     warmup_steps: int = 50  # steps in which the step size rises to its peak
     grad_clip: float = 1.0  # a gradient with a larger Euclidean norm is scaled down to it

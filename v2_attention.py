@@ -50,8 +50,8 @@ class Config:
     n_embd: int = 128  # numbers in an embedding (C)
     n_head: int = 8  # attention heads, each n_embd / n_head wide
     n_hidden: int = 256  # units in each hidden layer
-    max_steps: int = 2000  # optimizer steps
-    learning_rate: float = 0.003  # peak step size of AdamW
+    max_steps: int = 3500  # optimizer steps
+    learning_rate: float = 0.005  # peak step size of AdamW
     warmup_steps: int = 50  # steps in which the step size rises to its peak
     grad_clip: float = 1.0  # a gradient with a larger Euclidean norm is scaled down to it
     eval_interval: int = 100  # steps between two estimates of the loss, with a checkpoint each

@@ -51,12 +51,12 @@ class Config:
     n_head: int = 4  # attention heads, each n_embd / n_head wide
     n_layer: int = 4  # transformer blocks
     dropout: float = 0.0  # share of activations set to zero in training
-    max_steps: int = 3000  # optimizer steps
-    learning_rate: float = 0.003  # peak step size of AdamW
+    max_steps: int = 2500  # optimizer steps
+    learning_rate: float = 0.006  # peak step size of AdamW
     warmup_steps: int = 100  # steps in which the step size rises to its peak
     weight_decay: float = 0.1  # pull of the matrices towards zero
     grad_clip: float = 1.0  # a gradient with a larger Euclidean norm is scaled down to it
-    eval_interval: int = 100  # steps between two estimates of the loss, with a checkpoint each
+    eval_interval: int = 200  # steps between two estimates of the loss, with a checkpoint each
     eval_tokens: int = 20_000  # characters of each split in such an estimate
     temperature: float = 1.0  # below 1: safer samples, above 1: bolder ones
     top_k: int = 0  # sample among the k likeliest characters; 0: among all

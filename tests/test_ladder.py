@@ -119,9 +119,10 @@ def block(text, name):
     return re.search(rf"<!-- block: {name} -->\n(.*?)\n<!-- end -->", text, flags=re.DOTALL)[1]
 
 
-def test_readme_ladder_is_made_from_the_results():
+def test_readme_blocks_are_made_from_the_results():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert block(readme, "ladder") == reproduce.ladder_table(load_results())
+    for name, content in reproduce.readme_blocks(load_results()).items():
+        assert block(readme, name) == content, name
 
 
 @pytest.mark.parametrize("log", LOGS, ids=lambda path: path.stem)

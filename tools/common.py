@@ -84,5 +84,6 @@ def run_experiments(week, experiments, tables):
     for name in chosen:
         print(f"week {week}: {name}", flush=True)
         store(f"week_{week}", name, experiments[name]())
-    if set(experiments) <= load_results().get(f"week_{week}", {}).keys():
-        fill(LOGS / f"week_{week}.md", tables(load_results()))
+    results = load_results()
+    if "rungs" in results and set(experiments) <= results[f"week_{week}"].keys():
+        fill(LOGS / f"week_{week}.md", tables(results))

@@ -83,6 +83,12 @@ def ladder_table(results):
     return table(header, rows)
 
 
+def readme_blocks(results):
+    """The blocks of README.md."""
+    sample = results["rungs"]["v3_gpt"]["sample"].strip()
+    return {"ladder": ladder_table(results), "sample": f"```\n{sample[:330].rsplit(chr(10), 1)[0]}\n```"}
+
+
 def plot_ladder(results):
     """Write logs/ladder.png: the validation curves of all rungs over training time."""
     fig, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
@@ -102,13 +108,16 @@ def plot_ladder(results):
 def rewrite():
     """Rewrite from logs/results.json all that README, the docstrings and the weekly logs show of it."""
     results = load_results()
+    if missing := set(RUNGS) - results.get("rungs", {}).keys():
+        print(f"no tables yet: {', '.join(sorted(missing))} has not run")
+        return
     for rung in RUNGS:
         path = ROOT / f"{rung}.py"
         text = re.sub(
             r"^Result: .*$", result_line(results["rungs"][rung]), path.read_text("utf-8"), flags=re.M
         )
         path.write_text(text, encoding="utf-8", newline="\n")
-    fill(ROOT / "README.md", {"ladder": ladder_table(results)})
+    fill(ROOT / "README.md", readme_blocks(results))
     plot_ladder(results)
     for path in sorted(LOGS.glob("week_*.md")):
         fill(path, importlib.import_module(path.stem).tables(results))

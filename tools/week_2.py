@@ -59,8 +59,8 @@ def optimizers():
 
     results = {}
     for name, make, rates in [
-        ("SGD", sgd(0.0), [0.1, 0.3, 1.0, 3.0]),
-        ("SGD with momentum 0.9", sgd(0.9), [0.03, 0.1, 0.3, 1.0]),
+        ("SGD", sgd(0.0), [0.3, 1.0, 3.0, 10.0]),
+        ("SGD with momentum 0.9", sgd(0.9), [0.1, 0.3, 1.0, 3.0]),
         ("AdamW", v1_mlp.make_optimizer, [0.001, 0.003, 0.01, 0.03]),
     ]:
         results[name] = {
@@ -77,7 +77,7 @@ def batch_sizes():
     results = {}
     for batch_size in (4, 16, 64, 256):
         steps = 16_000 // batch_size
-        common = dict(batch_size=batch_size, max_steps=steps, eval_interval=steps)
+        common = dict(batch_size=batch_size, max_steps=steps, warmup_steps=steps // 10, eval_interval=steps)
         fixed = run("v1_mlp", f"batch_{batch_size}", **common)
         scaled = run("v1_mlp", f"scaled_{batch_size}", learning_rate=0.001 * batch_size**0.5, **common)
         results[str(batch_size)] = {

@@ -44,9 +44,15 @@ def scaling():
     return results
 
 
+def equal_text():
+    """v1 trained on as much text as v2's defaults: 3,500 steps of 2,048 characters."""
+    metrics = run("v1_mlp", "equal_text", max_steps=3500, eval_interval=500)
+    return {key: metrics[key] for key in ("val_loss", "train_loss", "seconds", "tokens")}
+
+
 def heads():
     """1, 2, 4 and 8 heads at equal width and steps, two seeds each."""
-    flags = dict(max_steps=1000, eval_interval=100)
+    flags = dict(max_steps=600, eval_interval=100)
     return {
         str(n): [run("v2_attention", f"heads_{n}_{s}", n_head=n, seed=s, **flags)["val_loss"] for s in (1, 2)]
         for n in (1, 2, 4, 8)
@@ -56,7 +62,7 @@ def heads():
 def context():
     """Val loss and parameters of v1 and v2 as the context grows; draw both."""
     sizes = (4, 8, 16, 32, 64)
-    flags = dict(max_steps=1000, eval_interval=1000, batch_size=32)
+    flags = dict(max_steps=600, eval_interval=600, batch_size=32)
     results = {"v1_mlp": {}, "v2_attention": {}}
     for size in sizes:
         # 2,048 characters a step for both, whatever the context

@@ -99,7 +99,7 @@ def shape():
     """Depth against width at about 0.8 million parameters, equal steps."""
     results = {}
     for n_layer, n_embd in ((1, 256), (2, 180), (4, 128), (8, 92)):
-        flags = dict(n_layer=n_layer, n_embd=n_embd, max_steps=600, eval_interval=200)
+        flags = dict(n_layer=n_layer, n_embd=n_embd, max_steps=400, eval_interval=200)
         metrics = run("v3_gpt", f"shape_{n_layer}", **flags)
         results[f"{n_layer} x {n_embd}"] = {key: metrics[key] for key in ("params", "val_loss", "seconds")}
     return results
@@ -126,14 +126,14 @@ def dropout():
 
 
 def scale():
-    """Val loss after 600 steps as the width grows; draw it against parameters."""
+    """Val loss after 400 steps as the width grows; draw it against parameters."""
     results = {}
     for n_embd in (16, 32, 64, 128):
-        metrics = run("v3_gpt", f"scale_{n_embd}", n_embd=n_embd, max_steps=600, eval_interval=200)
+        metrics = run("v3_gpt", f"scale_{n_embd}", n_embd=n_embd, max_steps=400, eval_interval=200)
         results[str(n_embd)] = {key: metrics[key] for key in ("params", "val_loss", "seconds")}
     fig, ax = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
     ax.plot([r["params"] for r in results.values()], [r["val_loss"] for r in results.values()], marker="o")
-    ax.set(xscale="log", xlabel="parameters", ylabel="val loss after 600 steps\n(nats per character)")
+    ax.set(xscale="log", xlabel="parameters", ylabel="val loss after 400 steps\n(nats per character)")
     ax.grid(alpha=0.3, which="both")
     fig.savefig(LOGS / "week_4_scale.png", dpi=90)
     return results
@@ -148,10 +148,10 @@ class Tied(v3_gpt.LanguageModel):
 
 
 def tying():
-    """Val loss with and without weight tying, 600 steps, two seeds."""
+    """Val loss with and without weight tying, 400 steps, two seeds."""
     return {
         name: [
-            run("v3_gpt", f"{name}_{s}", replace=replace, seed=s, max_steps=600, eval_interval=200)[
+            run("v3_gpt", f"{name}_{s}", replace=replace, seed=s, max_steps=400, eval_interval=200)[
                 "val_loss"
             ]
             for s in (1, 2)

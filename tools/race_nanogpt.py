@@ -1,0 +1,58 @@
+"""Time v3_gpt.py against nanoGPT's command for a machine without a GPU, in turn, on this machine.
+
+    python tools/race_nanogpt.py PATH     PATH: a checkout of nanoGPT, its shakespeare_char data prepared
+
+Times are those of whole processes. nanoGPT's val loss is its own last estimate, v3's that of the whole split.
+"""
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from common import ROOT, store
+
+NANOGPT = """train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20
+--log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000
+--dropout=0.0""".split()
+V3 = """v3_gpt.py --block_size 32 --max_steps 1000 --warmup_steps 50 --eval_interval 500
+--out_dir runs/race""".split()
+
+
+def timed(args, folder):
+    """Run a Python command in a folder; return its wall time in seconds and what it printed."""
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *args], cwd=folder, capture_output=True, encoding="utf-8", check=True
+    )
+    return time.perf_counter() - start, done.stdout
+
+
+def main():
+    if len(sys.argv) != 2 or not Path(sys.argv[1], "train.py").exists():
+        sys.exit("error: name the folder of a nanoGPT checkout: python tools/race_nanogpt.py PATH")
+    runs = []
+    for _ in range(3):
+        nanogpt_seconds, text = timed(NANOGPT, sys.argv[1])
+        nanogpt_loss = float(re.findall(r"val loss ([\d.]+)", text)[-1])
+        v3_seconds, _ = timed(V3, ROOT)
+        metrics = json.loads((ROOT / "runs/race/metrics.json").read_text(encoding="utf-8"))
+        runs.append(
+            {
+                "nanogpt_seconds": nanogpt_seconds,
+                "nanogpt_val_loss": nanogpt_loss,
+                "v3_seconds": v3_seconds,
+                "v3_training_seconds": metrics["seconds"],
+                "v3_val_loss": metrics["val_loss"],
+                "ratio": v3_seconds / nanogpt_seconds,
+            }
+        )
+        print(runs[-1], flush=True)
+    store("week_4", "race", {key: statistics.median(run[key] for run in runs) for key in runs[0]})
+
+
+if __name__ == "__main__":
+    main()
