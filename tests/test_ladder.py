@@ -137,9 +137,10 @@ def test_tables_of_the_logs_are_made_from_the_results(log):
 
 
 def leaves(x):
-    """All numbers in nested results."""
+    """All numbers in nested results, those that are keys included."""
     if isinstance(x, dict):
-        return [leaf for value in x.values() for leaf in leaves(value)]
+        keys = [float(key) for key in x if re.fullmatch(r"\d+\.\d+", key)]
+        return keys + [leaf for value in x.values() for leaf in leaves(value)]
     if isinstance(x, list):
         return [leaf for value in x for leaf in leaves(value)]
     return [x] if isinstance(x, int | float) else []

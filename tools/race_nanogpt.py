@@ -16,8 +16,8 @@ from pathlib import Path
 from common import ROOT, store
 
 NANOGPT = """train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20
---log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000
---dropout=0.0""".split()
+--log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000
+--lr_decay_iters=2000 --dropout=0.0""".split()
 V3 = """v3_gpt.py --block_size 32 --max_steps 1000 --warmup_steps 50 --eval_interval 500
 --out_dir runs/race""".split()
 

@@ -48,7 +48,12 @@ def positions():
         name: [run("v1_mlp", f"{name}_{s}", replace=replace, seed=s, **STEPS)["val_loss"] for s in (1, 2, 3)]
         for name, replace in {"with": {}, "without": {"LanguageModel": WithoutPositions}}.items()
     }
-    return losses | {"folded_difference": fold_positions()}
+    changes = [abs(a - b) for a, b in zip(losses["with"], losses["without"], strict=True)]
+    return losses | {
+        "seed_spread": max(losses["with"]) - min(losses["with"]),
+        "largest_change": max(changes),
+        "folded_difference": fold_positions(),
+    }
 
 
 def optimizers():
@@ -69,7 +74,8 @@ def optimizers():
             )["val_loss"]
             for rate in rates
         }
-    return results
+    best = {name: min(losses.values()) for name, losses in results.items()}
+    return {"losses": results, "sgd_behind": best["SGD"] - best["AdamW"]}
 
 
 def batch_sizes():
@@ -124,7 +130,7 @@ def tables(results):
     """The blocks of logs/week_2.md."""
     week, rung = results["week_2"], results["rungs"]["v1_mlp"]
     optimizer_rows = []
-    for name, losses in week["optimizers"].items():
+    for name, losses in week["optimizers"]["losses"].items():
         cells = [f"{rate}: {loss:.4f}" for rate, loss in losses.items()]
         optimizer_rows.append([name, *cells])
     batch_rows = [
