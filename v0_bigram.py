@@ -3,7 +3,7 @@
 The whole pipeline in its smallest form: load, tokenize, split, batch, train, evaluate, save, plot, sample.
 The model is one (V, V) table: a row for the current character, in it a score (logit) for each next character.
 
-Result: val loss 0.0000, 0.00 bits/char, 0 parameters, 0 s on two CPU cores.
+Result: val loss 2.4870, 3.59 bits/char, 4,225 parameters, 2 s on 2 CPU cores.
 
 Run it with: python v0_bigram.py, or with --help to see every flag.
 """

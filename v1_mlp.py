@@ -8,7 +8,7 @@ Since v0_bigram.py
   changed:  Config, LanguageModel, evaluate, main, parse_flags, train
   removed:  -
 
-Result: val loss 0.0000, 0.00 bits/char, 0 parameters, 0 s on two CPU cores.
+Result: val loss 1.7209, 2.48 bits/char, 150,625 parameters, 9 s on 2 CPU cores.
 
 Run it with: python v1_mlp.py, or with --help to see every flag.
 """

@@ -9,7 +9,7 @@ Since v1_mlp.py
   changed:  Config, LanguageModel, main
   removed:  -
 
-Result: val loss 0.0000, 0.00 bits/char, 0 parameters, 0 s on two CPU cores.
+Result: val loss 1.7040, 2.46 bits/char, 193,601 parameters, 72 s on 2 CPU cores.
 
 Run it with: python v2_attention.py, or with --help to see every flag.
 """

@@ -9,7 +9,7 @@ Since v2_attention.py
   changed:  Config, LanguageModel, MultiHeadAttention, generate, main, make_optimizer
   removed:  SelfAttentionHead, plot_attention
 
-Result: val loss 0.0000, 0.00 bits/char, 0 parameters, 0 s on two CPU cores.
+Result: val loss 1.5940, 2.30 bits/char, 816,640 parameters, 168 s on 2 CPU cores.
 
 Run it with: python v3_gpt.py, or with --help to see every flag.
 """

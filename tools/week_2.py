@@ -11,6 +11,15 @@ import v1_mlp
 STEPS = dict(max_steps=500, eval_interval=50)
 
 
+def by_hand():
+    """One step of gradient descent on (w - 3)^2 from w = 1 with three learning rates."""
+    w, results = 1.0, {}
+    for rate in (0.1, 1.0, 1.1):
+        stepped = w - rate * 2 * (w - 3)
+        results[str(rate)] = {"w": stepped, "loss": (stepped - 3) ** 2}
+    return results
+
+
 def lookup():
     """An embedding is one-hot times matrix: the largest difference over all 65 characters."""
     torch.manual_seed(0)
@@ -188,6 +197,7 @@ def tables(results):
 
 
 EXPERIMENTS = {
+    "by_hand": by_hand,
     "lookup": lookup,
     "positions": positions,
     "optimizers": optimizers,

@@ -43,6 +43,17 @@ class PostNorm(v3_gpt.TransformerBlock):
         return self.norm2(x + self.mlp(x))
 
 
+def by_hand():
+    """LayerNorm of four numbers, and what ten layers with derivative 0.5 leave of a gradient."""
+    x = torch.tensor([1.0, 2.0, 3.0, 6.0])
+    return {
+        "deviation": x.std(correction=0).item(),
+        "normalised": F.layer_norm(x, (4,)).tolist(),
+        "plain": 0.5**10,
+        "residual": 1.5**10,
+    }
+
+
 def residuals():
     """Val loss with and without residuals and LayerNorm, four blocks of width 64."""
     blocks = {
@@ -254,6 +265,7 @@ def tables(results):
 
 
 EXPERIMENTS = {
+    "by_hand": by_hand,
     "residuals": residuals,
     "norm_order": norm_order,
     "shape": shape,
