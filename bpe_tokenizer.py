@@ -1,0 +1,367 @@
+"""Byte-level BPE, week 5: text to token ids and back, in the manner of GPT-2.
+
+Text is split into words, and a word is a row of UTF-8 bytes. Training joins the two neighbours that are seen
+together most often into one piece, and again, until the vocabulary is full. Encoding repeats these merges in
+the order in which they were learned. No text is unknown: what training never saw stays bytes.
+
+    python bpe_tokenizer.py                       learn 512 ids, save them and the encoded text, show examples
+    python bpe_tokenizer.py --vocab_size 1024     the same with another value
+    python bpe_tokenizer.py --encode "To be"      no training: text to ids with the saved vocabulary
+    python bpe_tokenizer.py --decode "84 111"     no training: ids to text
+    python bpe_tokenizer.py --help                every flag
+"""
+
+import argparse
+import inspect
+import io
+import json
+import re
+import sys
+from collections import Counter, defaultdict, deque
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from heapq import heapify, heappop, heappush
+from itertools import chain, islice, pairwise
+from pathlib import Path
+
+import numpy as np
+import regex
+from tqdm import tqdm
+
+# --------------------------------------------- config ---------------------------------------------
+
+NAME = Path(__file__).stem
+
+# GPT-2's split into words: contractions, letters (\p{L}), digits (\p{N}) or other signs, each with one space
+# before it, then white space. Merges stay within a word, so "dog." and "dog!" share the piece "dog".
+SPLIT = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+
+# A character to write each byte with, as GPT-2 does: itself if it prints, else one from code 256 on.
+PRINTS = [*range(33, 127), *range(161, 173), *range(174, 256)]
+HIDDEN = [byte for byte in range(256) if byte not in PRINTS]
+VISIBLE = {byte: chr(byte) for byte in PRINTS} | {byte: chr(256 + n) for n, byte in enumerate(HIDDEN)}
+BYTES = {char: byte for byte, char in VISIBLE.items()}
+ALPHABET = "".join(VISIBLE[byte] for byte in range(256))
+
+
+@dataclass
+class Config:
+    """Every field is a command-line flag of the same name: --vocab_size 1024."""
+
+    data: str = "input.txt"  # UTF-8 text to learn from
+    out_dir: str = f"runs/{NAME}"  # folder for the vocabulary and the encoded text
+    vocab_size: int = 512  # ids in all: 256 bytes, and one for each merge
+
+    def __post_init__(self):
+        if not 256 <= self.vocab_size <= 65536:
+            reason = "the least is 256, the bytes, and the most 65536, as ids are saved in 16 bits"
+            sys.exit(f"error: --vocab_size {self.vocab_size} is impossible, {reason}")
+
+
+def parse_flags():
+    """Return the flags given on the command line, and only those, as a dict."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = lambda message: sys.exit(f"error: {message}; --help lists every flag")
+    parser.add_argument("--encode", metavar="TEXT", help="do not train: show the pieces and ids of a text")
+    parser.add_argument("--decode", metavar="IDS", help='do not train: show the text of ids like "84 111"')
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
+    for field in fields(Config):
+        meaning = f"{comments[field.name]} (default: {field.default!r})"
+        parser.add_argument(f"--{field.name}", type=field.type, default=argparse.SUPPRESS, help=meaning)
+    return vars(parser.parse_args())
+
+
+# ---------------------------------------------- data ----------------------------------------------
+
+
+def load_text(config):
+    """Return the text to learn from; exits if it is missing, not UTF-8 or too short to split."""
+    try:
+        text = Path(config.data).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"error: cannot read {config.data} as UTF-8 text ({error}); name another file with --data")
+    if len(text) < 2:
+        sys.exit(f"error: there is no text in {config.data}; name another file with --data")
+    return text
+
+
+def write_file(path, content):
+    """Write bytes to a temporary file, then rename: a write that is cut short harms nothing."""
+    path = Path(path)
+    path.with_suffix(".tmp").write_bytes(content)
+    path.with_suffix(".tmp").replace(path)
+
+
+# ---------------------------------------------- model ----------------------------------------------
+
+
+class BPETokenizer:
+    """Text to ids and back. What cannot be done raises a ValueError that says why.
+
+    Ids 0 to 255 are the bytes, in the order of `alphabet`; then each merge makes one, such as "t h" the piece
+    "th"; then come the special tokens. vocab[id] is the piece as bytes, names[id] the same made VISIBLE, and
+    merges[x, y] the id of pieces x and y joined.
+    """
+
+    def __init__(self, merges=(), special_tokens=(), alphabet=ALPHABET):
+        if sorted(alphabet) != sorted(ALPHABET):
+            raise ValueError("the alphabet does not have each byte once")
+        ids = {name: i for i, name in enumerate(alphabet)}
+        self.merges = {}
+        for merge in merges:
+            x, _, y = merge.partition(" ")
+            if x not in ids or y not in ids or x + y in ids:
+                raise ValueError(f"the merge {merge!r} does not make a new piece of two known ones")
+            self.merges[ids[x], ids[y]] = ids[x + y] = len(ids)
+        if "" in special_tokens or len(set(special_tokens)) < len(special_tokens):
+            raise ValueError("special tokens must not be empty or the same")
+        self.special_tokens = {token: len(ids) + n for n, token in enumerate(special_tokens)}
+        self.names = [*ids, *special_tokens]
+        self.vocab = [bytes(BYTES[char] for char in name) for name in ids]
+        self.vocab += [token.encode() for token in special_tokens]
+        self.byte_ids = bytes(ids[char] for char in ALPHABET)
+        self.encode_word = lru_cache(maxsize=2**16)(self.encode_word)  # text repeats its words
+
+    @classmethod
+    def train(cls, text, vocab_size, special_tokens=(), progress=False):
+        """Learn a vocabulary of `vocab_size` ids in all from `text`."""
+        n_merges = vocab_size - 256 - len(special_tokens)
+        if n_merges < 0:
+            raise ValueError(f"{vocab_size} ids are too few: there are 256 bytes and the special tokens")
+        if not text:
+            raise ValueError("there is no text to learn from")
+        merges = islice(learn_merges(text), n_merges)
+        merges = list(tqdm(merges, total=n_merges, unit="merge", disable=not progress))
+        if len(merges) < n_merges:
+            most = vocab_size - n_merges + len(merges)
+            raise ValueError(f"{vocab_size} ids are too many: with {most} this text has no pair left to join")
+        return cls(merges, special_tokens)
+
+    def encode_word(self, word):
+        """One word to ids: of all pairs that can be joined, the one learned first, leftmost first."""
+        get = self.merges.get
+        ids = [*word.encode().translate(self.byte_ids), -1]  # -1 ends the word; ids[-1] is also left of it
+        left, right = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1))  # places of the neighbours
+        heap = [(z, i) for i, pair in enumerate(pairwise(ids)) if (z := get(pair))]
+        heapify(heap)
+        while heap:
+            z, i = heappop(heap)
+            j = right[i]
+            if get((ids[i], ids[j])) != z:
+                continue  # out of date: one of the two was joined to another
+            h, k = left[i], right[j]
+            ids[i], ids[j], right[i], left[k] = z, -1, k, i
+            if new := get((ids[h], z)):
+                heappush(heap, (new, h))
+            if new := get((z, ids[k])):
+                heappush(heap, (new, i))
+        return tuple([i for i in ids if i >= 0])
+
+    def encode(self, text, allowed_special=()):
+        """Text to ids. A special token in it is plain text unless `allowed_special` names it or is "all"."""
+        allowed = set(self.special_tokens if allowed_special == "all" else allowed_special)
+        if unknown := allowed - set(self.special_tokens):
+            raise ValueError(f"there is no special token {min(unknown)!r} to allow")
+        if not allowed:
+            return list(chain.from_iterable(map(self.encode_word, SPLIT.findall(text))))
+        ids = []
+        longest_first = sorted(allowed, key=len, reverse=True)
+        for part in regex.split(f"({'|'.join(map(regex.escape, longest_first))})", text):
+            ids += [self.special_tokens[part]] if part in allowed else self.encode(part)
+        return ids
+
+    def decode(self, ids):
+        """Ids to text; bytes that are not UTF-8, such as half a character, become U+FFFD."""
+        pieces = []
+        for i in ids:
+            if not 0 <= i < len(self.vocab):
+                raise ValueError(f"the id {i} is outside the vocabulary, 0 to {len(self.vocab) - 1}")
+            pieces.append(self.vocab[i])
+        return b"".join(pieces).decode(errors="replace")
+
+    def to_dict(self):
+        """All that from_dict needs, in plain strings, lists and dicts: for a JSON file or a checkpoint."""
+        return {
+            "pattern": SPLIT.pattern,
+            "special_tokens": dict(self.special_tokens),
+            "alphabet": "".join(self.names[:256]),
+            "merges": [f"{self.names[x]} {self.names[y]}" for x, y in self.merges],
+        }
+
+    @classmethod
+    def from_dict(cls, state):
+        """The reverse of to_dict."""
+        try:
+            tokenizer = cls(state["merges"], list(state["special_tokens"]), state["alphabet"])
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"it is no vocabulary of {NAME} ({error!r})") from error
+        if tokenizer.to_dict() != state:
+            raise ValueError(f"its pattern or special tokens are not those that {NAME} would write")
+        return tokenizer
+
+    def save(self, path):
+        """Write to_dict() to a JSON file, for load and for people to read."""
+        write_file(path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False).encode())
+
+    @classmethod
+    def load(cls, path):
+        """Read what save wrote."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except ValueError as error:  # not UTF-8, not JSON, or not a vocabulary
+            raise ValueError(f"cannot use {path} ({error})") from error
+
+    @classmethod
+    def from_gpt2(cls, encoder_json, vocab_bpe):
+        """Read the two files that OpenAI published with GPT-2."""
+        ids = json.loads(Path(encoder_json).read_text(encoding="utf-8"))
+        merges = Path(vocab_bpe).read_text(encoding="utf-8").split("\n")[1:-1]  # after the version
+        tokenizer = cls(merges, ["<|endoftext|>"], "".join(VISIBLE.values()))
+        if {name: i for i, name in enumerate(tokenizer.names)} != ids:
+            raise ValueError(f"{encoder_json} and {vocab_bpe} do not belong together")
+        return tokenizer
+
+
+# -------------------------------------------- training --------------------------------------------
+
+
+def learn_merges(text):
+    """Yield merges such as "t h": always the most frequent pair, of equals the one that is first in `text`.
+
+    Each different word is kept once, with its count, and all stand in one row of ids. A merge visits only the
+    places where its pair stands, and corrects the counts of the pairs around them.
+    """
+    ids, weights = [], []
+    for word, count in Counter(SPLIT.findall(text)).items():
+        ids += [*word.encode(), -1]  # -1 ends a word; ids[-1] is also left of the first
+        weights += [count] * (len(ids) - len(weights))
+    left, right = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1))  # places of the neighbours
+    counts, places = defaultdict(int), defaultdict(deque)  # of each pair; places that are taken stay listed
+    for i, pair in enumerate(pairwise(ids)):
+        if -1 not in pair:
+            counts[pair] += weights[i]
+            places[pair].append(i)
+
+    def entry(pair):
+        """What the heap sorts by: the count, then the first place. With time both can only get worse."""
+        while (ids[i := places[pair][0]], ids[right[i]]) != pair:
+            places[pair].popleft()
+        return -counts[pair], i, pair
+
+    names = list(ALPHABET)
+    heap = [entry(pair) for pair in counts]
+    heapify(heap)
+    while heap:
+        count, _, pair = heappop(heap)
+        if counts[pair] != -count:  # out of date: other merges have taken some of its places
+            if counts[pair]:
+                heappush(heap, entry(pair))
+            continue
+        x, y = pair
+        z = len(names)
+        names.append(names[x] + names[y])
+        yield f"{names[x]} {names[y]}"
+        found = set()
+        for i in places.pop(pair):
+            j = right[i]
+            if ids[i] != x or ids[j] != y:
+                continue  # taken
+            h, k = left[i], right[j]
+            ids[i], ids[j], right[i], left[k] = z, -1, k, i
+            if (before := ids[h]) >= 0:
+                counts[before, x] -= weights[i]
+                counts[before, z] += weights[i]
+                places[before, z].append(h)
+                found.add((before, z))
+            if (after := ids[k]) >= 0:
+                counts[y, after] -= weights[i]
+                counts[z, after] += weights[i]
+                places[z, after].append(i)
+                found.add((z, after))
+        del counts[pair]
+        for new in found:
+            if counts[new]:
+                heappush(heap, entry(new))
+
+
+def report(train_text, val_text):
+    """Print how long both texts are in characters, and in ids of vocabularies learned from the first."""
+    lengths = {"characters": (len(train_text), len(val_text))}
+    merges = list(islice(learn_merges(train_text), 8192 - 256))
+    for vocab_size in (256, 512, 1024, 2048, 4096, 8192):
+        if vocab_size <= 256 + len(merges):
+            tokenizer = BPETokenizer(merges[: vocab_size - 256])  # a large vocabulary begins with a small one
+            lengths[vocab_size] = len(tokenizer.encode(train_text)), len(tokenizer.encode(val_text))
+    print(f"{'vocabulary':>12}{'train ids':>12}{'chars per id':>14}{'val ids':>12}{'chars per id':>14}")
+    for name, (train, val) in lengths.items():
+        print(f"{name:>12}{train:>12,}{len(train_text) / train:>14.4f}{val:>12,}{len(val_text) / val:>14.4f}")
+
+
+# -------------------------------------------- sampling --------------------------------------------
+
+EXAMPLES = (
+    "First Citizen: Before we proceed any further, hear me speak.",
+    "In 2024 the tokenizer didn't know this sentence.",
+    "Naïve café 🙂",
+)
+
+
+def show(tokenizer, text):
+    """Print a text, its pieces with a bar between two of them, and their ids."""
+    ids = tokenizer.encode(text)
+    # A piece may be only a part of a character: such bytes are printed like \xc3.
+    pieces = "|".join(tokenizer.vocab[i].decode(errors="backslashreplace") for i in ids)
+    print(f"{'text':>8}  {text}\n{'pieces':>8}  {pieces}\n{'ids':>8}  {' '.join(map(str, ids))}\n")
+
+
+def convert(tokenizer, text, ids):
+    """Print the ids of `text`, the text of `ids`, or both; None means not asked for, and empty is refused."""
+    if text is not None:
+        if not text:
+            sys.exit("error: --encode needs a text that is not empty")
+        show(tokenizer, text)
+    if ids is not None:
+        if not re.fullmatch(r"\d+([\s,]+\d+)*", ids.strip()):
+            sys.exit(f'error: --decode needs ids like "84 111", not {ids!r}')
+        print(tokenizer.decode([int(number) for number in re.findall(r"\d+", ids)]))
+
+
+# ---------------------------------------------- main ----------------------------------------------
+
+
+def main():
+    flags = parse_flags()
+    to_encode, to_decode = flags.pop("encode", None), flags.pop("decode", None)
+    config = Config(**flags)
+    path = Path(config.out_dir, f"bpe_vocab_{config.vocab_size}.json")
+    if to_encode is not None or to_decode is not None:
+        try:
+            tokenizer = BPETokenizer.load(path)
+        except (OSError, ValueError) as error:
+            sys.exit(f"error: {error}; train first: python {NAME}.py --vocab_size {config.vocab_size}")
+        return convert(tokenizer, to_encode, to_decode)
+
+    text = load_text(config)
+    splits = {"train": text[: int(0.9 * len(text))], "val": text[int(0.9 * len(text)) :]}
+    tokenizer = BPETokenizer.train(splits["train"], config.vocab_size, progress=True)
+    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+    tokenizer.save(path)
+    for name, split in splits.items():
+        ids = np.array(tokenizer.encode(split), dtype=np.uint16)
+        np.save(file := io.BytesIO(), ids)
+        write_file(Path(config.out_dir, f"{name}_ids.npy"), file.getvalue())
+        print(f"{name:>8}  {len(ids):,} ids, {len(split) / len(ids):.4f} characters per id")
+    print(f"{'files in':>8}  {config.out_dir}\n")
+    for example in EXAMPLES:
+        show(tokenizer, example)
+    report(splits["train"], splits["val"])
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8")  # a piece can be any text, whatever the console's default
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,312 @@
+"""The experiments of week 5: python tools/week_5.py [experiment ...]"""
+
+import math
+import statistics
+import unicodedata
+from collections import Counter
+from itertools import islice, pairwise
+from unittest.mock import patch
+
+import matplotlib.pyplot as plt
+import regex
+from common import LOGS, ROOT, run_experiments, table
+
+import bpe_tokenizer
+from bpe_tokenizer import SPLIT, BPETokenizer, learn_merges
+
+TEXT = (ROOT / "input.txt").read_text(encoding="utf-8")
+TRAIN, VAL = TEXT[: int(0.9 * len(TEXT))], TEXT[int(0.9 * len(TEXT)) :]
+SPLITS = {"train": TRAIN, "val": VAL}
+SIZES = [256, 512, 1024, 2048, 4096, 8192]
+
+# ------------------------------------------ the tokenizer ------------------------------------------
+
+
+def tokenizers():
+    """Vocabularies of all SIZES, learned from the training split; each begins with the one before."""
+    merges = list(islice(learn_merges(TRAIN), max(SIZES) - 256))
+    return {size: BPETokenizer(merges[: size - 256]) for size in SIZES}
+
+
+def with_bars(tokenizer, text):
+    """The pieces of a text with a bar between two; bytes that are only a part of a character like \\xc3."""
+    return "|".join(tokenizer.vocab[i].decode(errors="backslashreplace") for i in tokenizer.encode(text))
+
+
+def count_pairs(tokenizer, text):
+    """How often each pair of neighbours occurs inside the words of a text, in the order of the text."""
+    counts = Counter()
+    for word, n in Counter(SPLIT.findall(text)).items():
+        for x, y in pairwise(tokenizer.encode(word)):
+            counts[f"{tokenizer.names[x]} {tokenizer.names[y]}"] += n
+    return counts
+
+
+def by_hand():
+    """All merges of a text of 30 characters: the count of each, the pairs that share it, and the text."""
+    text, rows = "low low low lower lowest newer", []
+    merges = list(learn_merges(text))
+    for n in range(len(merges) + 1):
+        tokenizer = BPETokenizer(merges[:n])
+        ids = tokenizer.encode(text)
+        rows.append({"ids": len(ids), "text": " ".join(tokenizer.names[i] for i in ids)})
+        if n < len(merges):
+            counts = count_pairs(tokenizer, text)
+            best = counts[merges[n]]
+            equals = [pair for pair in counts if counts[pair] == best]
+            rows[-1] |= {"merge": merges[n], "count": best, "equals": equals}
+    return rows
+
+
+def first_merges():
+    """The first 20 merges of the training split, and what becomes of the pairs that are frequent at first."""
+    merges = list(islice(learn_merges(TRAIN), max(SIZES) - 256))
+    ids = [len(BPETokenizer(merges[:n]).encode(TRAIN)) for n in range(21)]
+    counts = [count_pairs(BPETokenizer(merges[:n]), TRAIN) for n in range(3)]
+    return {
+        "merges": [
+            [merge, before - after] for merge, (before, after) in zip(merges, pairwise(ids), strict=False)
+        ],
+        "pairs": [[pair, count, merges.index(pair) + 1] for pair, count in counts[0].most_common(3)],
+        "th_left": [count["t h"] for count in counts],
+        "longest": max(BPETokenizer(merges).names, key=len),
+    }
+
+
+def lengths():
+    """Ids and characters per id for both splits, and how often the learned pieces occur; draw them."""
+    rows = {"characters": {split: len(text) for split, text in SPLITS.items()}}
+    for size, tokenizer in tokenizers().items():
+        ids = {split: tokenizer.encode(text) for split, text in SPLITS.items()}
+        counts = Counter(ids["train"])
+        learned = {tokenizer.names[i]: counts[i] for i in range(256, size)}
+        rows[str(size)] = {split: len(ids[split]) for split in SPLITS} | {
+            "embedding": 128 * size,
+            "median_count": statistics.median(learned.values()) if learned else 0,
+            "rare": sum(count < 100 for count in learned.values()),
+            "never": sum(count == 0 for count in learned.values()),
+            "never_examples": [name for name, count in learned.items() if count == 0][:10],
+        }
+    for row in rows.values():
+        row |= {f"{split}_ratio": len(text) / row[split] for split, text in SPLITS.items()}
+        row["gap"] = 1 - row["val_ratio"] / row["train_ratio"]
+    for small, large in pairwise(SIZES):
+        rows[str(large)]["shorter"] = 1 - rows[str(large)]["train"] / rows[str(small)]["train"]
+
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for split, style in ("train", "o-"), ("val", "s--"):
+        left.plot(SIZES, [rows[str(size)][f"{split}_ratio"] for size in SIZES], style, label=split)
+    left.axhline(1, color="gray", linestyle=":", label="characters")
+    left.set(ylabel="characters per id", ylim=(0, 4))
+    left.legend()
+    right.plot(SIZES[1:], [rows[str(size)]["median_count"] for size in SIZES[1:]], "o-")
+    right.set(ylabel="occurrences in train (median)", yscale="log", title="how often a learned piece is seen")
+    right.set_yticks([5, 10, 50, 100, 500, 1000], ["5", "10", "50", "100", "500", "1,000"])
+    left.set(title="how long a piece is")
+    for ax in (left, right):
+        ax.set(xlabel="vocabulary (ids)", xscale="log")
+        ax.set_xticks(SIZES, [f"{size:,}" for size in SIZES])
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+    fig.savefig(LOGS / "week_5_lengths.png", dpi=90)
+    return rows
+
+
+def examples():
+    """Some texts, and for two vocabularies the number of their ids and the pieces."""
+    texts = [
+        "First Citizen: Before we proceed any further, hear me speak.",
+        "Romeo, romeo, ROMEO",
+        "The tokenizer splits unbelievably long words.",
+        "Roméo 🙂",
+    ]
+    ours = tokenizers()
+    show = {
+        size: lambda text, t=ours[size]: [len(t.encode(text)), with_bars(t, text)] for size in (512, 8192)
+    }
+    return [{"text": text, "512": show[512](text), "8192": show[8192](text)} for text in texts]
+
+
+def unknown():
+    """How much of the validation split words, characters and bytes from the training split cannot write."""
+    results = {}
+    for name, split in (("words", SPLIT.findall), ("characters", list), ("bytes", str.encode)):
+        train, val = set(split(TRAIN)), split(VAL)
+        results[name] = {"known": len(train), "val": len(val), "unknown": sum(x not in train for x in val)}
+        results[name]["share"] = results[name]["unknown"] / len(val)
+    words = SPLIT.findall(TEXT)
+    return results | {"words_in_all": len(words), "different_words": len(set(words))}
+
+
+def counted_bits(train, val, size):
+    """Bits per character on val of a model that knows only how often each of `size` ids occurs in train."""
+    counts, total = Counter(train), len(train) + size  # add-one smoothing
+    return -sum(math.log2((counts[x] + 1) / total) for x in val) / len(VAL)
+
+
+def bits():
+    """Bits per character on val of counted pieces, one by one, and of counted characters and their pairs."""
+    n_chars = len(set(TEXT))
+    results = {"characters": counted_bits(TRAIN, VAL, n_chars)}
+    for size, tokenizer in tokenizers().items():
+        results[str(size)] = counted_bits(tokenizer.encode(TRAIN), tokenizer.encode(VAL), size)
+    pairs, firsts = Counter(pairwise(TRAIN)), Counter(TRAIN[:-1])
+    logs = [math.log2((pairs[pair] + 1) / (firsts[pair[0]] + n_chars)) for pair in pairwise(VAL)]
+    results["pairs of characters"] = -sum(logs) / len(logs)
+    return results
+
+
+def fewest(vocab, word):
+    """The least number of pieces from `vocab`, a set, that give `word` (bytes) when put in a row."""
+    best = [0]  # for the first 0, 1, 2 ... bytes
+    for end in range(1, len(word) + 1):
+        best.append(min(best[start] + 1 for start in range(end) if word[start:end] in vocab))
+    return best[-1]
+
+
+def fewest_pieces():
+    """Ids of the training split by merges in their order, and with the fewest pieces of the vocabulary."""
+    words, results = Counter(SPLIT.findall(TRAIN)), {}
+    for size, tokenizer in tokenizers().items():
+        vocab = set(tokenizer.vocab)
+        merged = {word: len(tokenizer.encode(word)) for word in words}
+        least = {word: fewest(vocab, word.encode()) for word in words}
+        n_merged, n_least = (sum(words[word] * n for word, n in ids.items()) for ids in (merged, least))
+        results[str(size)] = {"merged": n_merged, "least": n_least, "saved": 1 - n_least / n_merged}
+        longer = [word for word in words if merged[word] > least[word]]
+        if longer:
+            word = max(longer, key=words.get)
+            results[str(size)]["example"] = [with_bars(tokenizer, word), least[word], words[word]]
+    return results
+
+
+def without_split():
+    """8192 ids learned with and without the split into words."""
+    results = {}
+    for name, pattern in (("with", SPLIT), ("without", regex.compile(r"(?s).+"))):
+        with patch.object(bpe_tokenizer, "SPLIT", pattern):
+            tokenizer = BPETokenizer.train(TRAIN, 8192)
+            train, val = tokenizer.encode(TRAIN), tokenizer.encode(VAL)
+        across = [piece.decode() for piece in tokenizer.vocab[256:] if len(SPLIT.findall(piece.decode())) > 1]
+        results[name] = {
+            "train_ratio": len(TRAIN) / len(train),
+            "val_ratio": len(VAL) / len(val),
+            "val": len(val),
+            "bits": counted_bits(train, val, 8192),
+            "across": len(across),
+            "examples": across[:12],
+            "with_speak": [name for name in tokenizer.names if "speak" in name],
+            "longest": max(tokenizer.vocab, key=len).decode(),
+        }
+    results["fewer"] = 1 - results["without"]["val"] / results["with"]["val"]
+    return results
+
+
+def unicode_editions():
+    """Characters that tiktoken does not take for what we take them for, a letter or a number or neither."""
+    import tiktoken
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    different = []
+    for start in range(0, 0x110000, 0x10000):
+        chars = [chr(code) for code in range(start, start + 0x10000) if not 0xD800 <= code < 0xE000]
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        for pair in [first + char for char in chars for first in "a1"]:  # one id if nothing splits the pair
+            ranks.setdefault(pair.encode(), len(ranks))
+        theirs = tiktoken.Encoding("pairs", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
+        for char in chars:
+            pairs = ["a" + char, "1" + char]
+            if [len(SPLIT.findall(p)) for p in pairs] != [
+                min(2, len(theirs.encode_ordinary(p))) for p in pairs
+            ]:
+                different.append(char)
+    assigned = sum(unicodedata.category(char) != "Cn" for char in different)
+    return {
+        "different": len(different),
+        "first": f"U+{ord(different[0]):04X}",
+        "assigned": assigned,
+        "python": unicodedata.unidata_version,
+        "tiktoken": tiktoken.__version__,
+        "regex": regex.__version__,
+    }
+
+
+# --------------------------------------------- the log ---------------------------------------------
+
+
+def tables(results):
+    """The blocks of logs/week_5.md."""
+    week = results["week_5"]
+    hand = [["-", "-", "-", week["by_hand"][0]["ids"], f"`{week['by_hand'][0]['text']}`"]]
+    for before, after in pairwise(week["by_hand"]):
+        cells = [before["count"], len(before["equals"]), after["ids"]]
+        hand.append([f"`{before['merge']}`", *cells, f"`{after['text']}`"])
+
+    first = [f"`{merge}` {count:,}" for merge, count in week["first_merges"]["merges"]]
+    merges = [[f"{n + 1} to {n + 5}", *first[n : n + 5]] for n in range(0, 20, 5)]
+
+    shown = "\n\n".join(
+        f"text        {example['text']}\n"
+        + "\n".join(f"{size:>4}: {example[size][0]:>2} ids  {example[size][1]}" for size in ("512", "8192"))
+        for example in week["examples"]
+    )
+
+    length_rows, price_rows = [], []
+    for name in ("characters", *map(str, SIZES)):
+        row, label = week["lengths"][name], "characters (65)" if name == "characters" else f"{int(name):,}"
+        cells = [
+            f"{row[split + key]:{form}}" for split in SPLITS for key, form in (("", ","), ("_ratio", ".4f"))
+        ]
+        length_rows.append([label, *cells, f"{100 * row['gap']:.1f}%"])
+        if name not in ("characters", "256"):
+            cells = [f"{row[key]:,}" for key in ("embedding", "train", "rare", "never")]
+            price_rows.append([label, *cells, f"{row['median_count']:g}"])
+
+    bits = week["bits"]
+    bit_rows = [
+        [f"{size:,} ids, counted one by one", f"{size:,}", f"{bits[str(size)]:.4f}"] for size in SIZES
+    ]
+    bit_rows.append(["65 characters, counted one by one", "65", f"{bits['characters']:.4f}"])
+    bit_rows.append(
+        ["65 characters, counted in pairs (week 1)", "4,225", f"{bits['pairs of characters']:.4f}"]
+    )
+    bit_rows.sort(key=lambda row: -float(row[-1]))
+
+    bench = week["bench"]
+    tasks = ["train_512", "train_8192", "encode_512", "encode_8192"]
+    peers = ["bpe_tokenizer", "minbpe", "tokenizers", "rustbpe", "tiktoken"]
+    times = [[bench[name].get(task) for task in tasks] for name in peers]
+    bench_rows = [
+        [name, *(f"{time['least']:.2f} ({time['median']:.2f})" if time else "-" for time in row)]
+        for name, row in zip(peers, times, strict=True)
+    ]
+    return {
+        "by_hand": table(["merge", "count", "pairs with this count", "ids", "text"], hand),
+        "first_merges": table(["merges", *[""] * 5], merges),
+        "examples": f"```\n{shown}\n```",
+        "lengths": table(
+            ["vocabulary", "train ids", "chars/id", "val ids", "chars/id", "val is worse by"], length_rows
+        ),
+        "price": table(
+            ["vocabulary", "embedding, 128 wide", "train ids", "seen < 100 times", "never seen", "median"],
+            price_rows,
+        ),
+        "bits": table(["what is counted", "cells", "bits/char on val"], bit_rows),
+        "bench": table(["seconds: least (median)", *(task.replace("_", " ") for task in tasks)], bench_rows),
+    }
+
+
+EXPERIMENTS = {
+    "by_hand": by_hand,
+    "first_merges": first_merges,
+    "lengths": lengths,
+    "examples": examples,
+    "unknown": unknown,
+    "bits": bits,
+    "fewest_pieces": fewest_pieces,
+    "without_split": without_split,
+    "unicode_editions": unicode_editions,
+}
+
+if __name__ == "__main__":
+    run_experiments(5, EXPERIMENTS, tables)
