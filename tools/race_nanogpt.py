@@ -35,7 +35,7 @@ def main():
     if len(sys.argv) != 2 or not Path(sys.argv[1], "train.py").exists():
         sys.exit("error: name the folder of a nanoGPT checkout: python tools/race_nanogpt.py PATH")
     runs = []
-    for _ in range(3):
+    for _ in range(2):
         nanogpt_seconds, text = timed(NANOGPT, sys.argv[1])
         nanogpt_loss = float(re.findall(r"val loss ([\d.]+)", text)[-1])
         v3_seconds, _ = timed(V3, ROOT)

@@ -183,6 +183,7 @@ def tables(results):
 EXPERIMENTS = {
     "by_hand": by_hand,
     "scaling": scaling,
+    "equal_text": equal_text,
     "heads": heads,
     "context": context,
     "heat_map": heat_map,

@@ -112,7 +112,7 @@ def shape():
     for n_layer, n_embd in ((1, 256), (2, 180), (4, 128), (8, 92)):
         flags = dict(n_layer=n_layer, n_embd=n_embd, max_steps=400, eval_interval=200)
         metrics = run("v3_gpt", f"shape_{n_layer}", **flags)
-        results[f"{n_layer} x {n_embd}"] = {key: metrics[key] for key in ("params", "val_loss", "seconds")}
+        results[f"{n_layer} x {n_embd}"] = {key: metrics[key] for key in ("params", "val_loss")}
     return results
 
 
@@ -141,7 +141,7 @@ def scale():
     results = {}
     for n_embd in (16, 32, 64, 128):
         metrics = run("v3_gpt", f"scale_{n_embd}", n_embd=n_embd, max_steps=400, eval_interval=200)
-        results[str(n_embd)] = {key: metrics[key] for key in ("params", "val_loss", "seconds")}
+        results[str(n_embd)] = {key: metrics[key] for key in ("params", "val_loss")}
     fig, ax = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
     ax.plot([r["params"] for r in results.values()], [r["val_loss"] for r in results.values()], marker="o")
     ax.set(xscale="log", xlabel="parameters", ylabel="val loss after 400 steps\n(nats per character)")
@@ -221,7 +221,7 @@ def tables(results):
         dropout_rows.append([p, *whole, *part])
 
     def sizes(runs):
-        return [[name, f"{r['params']:,}", f"{r['val_loss']:.4f}", f"{r['seconds']:.0f}"] for name, r in runs]
+        return [[name, f"{r['params']:,}", f"{r['val_loss']:.4f}"] for name, r in runs]
 
     speed = week["attention_speed"]
     return {
@@ -240,7 +240,7 @@ def tables(results):
             order_rows,
         ),
         "shape": table(
-            ["blocks x width", "parameters", "val loss", "seconds"],
+            ["blocks x width", "parameters", "val loss"],
             sizes(sorted(week["shape"].items(), key=lambda item: int(item[0].split()[0]))),
         ),
         "dropout": table(
@@ -248,7 +248,7 @@ def tables(results):
             dropout_rows,
         ),
         "scale": table(
-            ["width", "parameters", "val loss", "seconds"],
+            ["width", "parameters", "val loss"],
             sizes(sorted(week["scale"].items(), key=lambda item: int(item[0]))),
         ),
         "tying": table(
