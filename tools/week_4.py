@@ -68,7 +68,8 @@ def residuals():
         metrics = run("v3_gpt", f"block_{name}", replace={"TransformerBlock": block}, **SMALL)
         results[name] = {"val_loss": metrics["val_loss"], "params": metrics["params"]}
         history = metrics["history"]
-        ax.plot([p["step"] for p in history], [p["val_loss"] for p in history], label=name)
+        style = "--" if name == "neither" else "-"  # it hides the one below otherwise
+        ax.plot([p["step"] for p in history], [p["val_loss"] for p in history], style, label=name)
     ax.set(xlabel="step", ylabel="val loss (nats per character)")
     ax.legend()
     ax.grid(alpha=0.3)
