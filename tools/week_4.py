@@ -144,9 +144,12 @@ def scale():
         metrics = run("v3_gpt", f"scale_{n_embd}", n_embd=n_embd, max_steps=400, eval_interval=200)
         results[str(n_embd)] = {key: metrics[key] for key in ("params", "val_loss")}
     fig, ax = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
-    ax.plot([r["params"] for r in results.values()], [r["val_loss"] for r in results.values()], marker="o")
+    params = [r["params"] for r in results.values()]
+    ax.plot(params, [r["val_loss"] for r in results.values()], marker="o")
     ax.set(xscale="log", xlabel="parameters", ylabel="val loss after 400 steps\n(nats per character)")
-    ax.grid(alpha=0.3, which="both")
+    ax.set_xticks(params, [f"{n:,}" for n in params])
+    ax.minorticks_off()
+    ax.grid(alpha=0.3)
     fig.savefig(LOGS / "week_4_scale.png", dpi=90)
     return results
 
