@@ -36,22 +36,21 @@ def main():
         sys.exit("error: name the folder of a nanoGPT checkout: python tools/race_nanogpt.py PATH")
     runs = []
     for _ in range(2):
-        nanogpt_seconds, text = timed(NANOGPT, sys.argv[1])
-        nanogpt_loss = float(re.findall(r"val loss ([\d.]+)", text)[-1])
-        v3_seconds, _ = timed(V3, ROOT)
-        metrics = json.loads((ROOT / "runs/race/metrics.json").read_text(encoding="utf-8"))
-        runs.append(
-            {
-                "nanogpt_seconds": nanogpt_seconds,
-                "nanogpt_val_loss": nanogpt_loss,
-                "v3_seconds": v3_seconds,
-                "v3_training_seconds": metrics["seconds"],
-                "v3_val_loss": metrics["val_loss"],
-                "ratio": v3_seconds / nanogpt_seconds,
-            }
-        )
-        print(runs[-1], flush=True)
-    store("week_4", "race", {key: statistics.median(run[key] for run in runs) for key in runs[0]})
+        seconds, text = timed(NANOGPT, sys.argv[1])
+        run = {
+            "nanogpt_seconds": seconds,
+            "nanogpt_val_loss": float(re.findall(r"val loss ([\d.]+)", text)[-1]),
+        }
+        for n_layer in (2, 4):
+            seconds, _ = timed([*V3, f"--n_layer={n_layer}"], ROOT)
+            metrics = json.loads((ROOT / "runs/race/metrics.json").read_text(encoding="utf-8"))
+            run[f"v3_{n_layer}_seconds"] = seconds
+            run[f"v3_{n_layer}_training_seconds"] = metrics["seconds"]
+            run[f"v3_{n_layer}_val_loss"] = metrics["val_loss"]
+            run[f"v3_{n_layer}_percent"] = 100 * seconds / run["nanogpt_seconds"]
+        runs.append(run)
+        print(run, flush=True)
+    store("week_4", "race", {key: statistics.mean(run[key] for run in runs) for key in runs[0]})
 
 
 if __name__ == "__main__":
