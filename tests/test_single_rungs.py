@@ -20,7 +20,8 @@ V = 65
 
 def test_v0_reaches_the_closed_form_of_counted_pairs(tmp_path):
     text = (ROOT / "input.txt").read_text(encoding="utf-8")
-    ids = np.array([sorted(set(text)).index(char) for char in text])
+    places = {char: i for i, char in enumerate(sorted(set(text)))}
+    ids = np.array([places[char] for char in text])
     train, val = np.split(ids, [int(0.9 * len(ids))])
     counts = np.ones((V, V))  # add-one smoothing
     np.add.at(counts, (train[:-1], train[1:]), 1)
