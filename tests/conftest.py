@@ -17,6 +17,7 @@ os.environ["MPLBACKEND"] = "Agg"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+import matplotlib.pyplot as plt  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -69,6 +70,13 @@ def run_here(rung, *flags, cwd):
         stream.flush()
         texts.append(stream.buffer.getvalue().decode("utf-8"))
     return subprocess.CompletedProcess(argv, code, *texts)
+
+
+@pytest.fixture(autouse=True)
+def no_open_figures():
+    """Close the figures that a test's runs have drawn."""
+    yield
+    plt.close("all")
 
 
 @pytest.fixture(params=RUNGS)
