@@ -83,7 +83,12 @@ def run_experiments(week, experiments, tables):
         sys.exit(f"error: no experiment {', '.join(sorted(unknown))}; choose from {', '.join(experiments)}")
     for name in chosen:
         print(f"week {week}: {name}", flush=True)
-        store(f"week_{week}", name, experiments[name]())
+        try:
+            store(f"week_{week}", name, experiments[name]())
+        except FileNotFoundError as error:
+            sys.exit(
+                f"error: there is no {error.filename}; run the rung of week {week} with its defaults first"
+            )
     results = load_results()
     if "rungs" in results and set(experiments) <= results[f"week_{week}"].keys():
         fill(LOGS / f"week_{week}.md", tables(results))

@@ -140,7 +140,9 @@ def tables(results):
     week, rung = results["week_2"], results["rungs"]["v1_mlp"]
     optimizer_rows = []
     for name, losses in week["optimizers"]["losses"].items():
-        cells = [f"{rate}: {loss:.4f}" for rate, loss in losses.items()]
+        cells = [
+            f"{rate}: {loss:.4f}" for rate, loss in sorted(losses.items(), key=lambda item: float(item[0]))
+        ]
         optimizer_rows.append([name, *cells])
     batch_rows = [
         [
@@ -156,7 +158,7 @@ def tables(results):
         [name, *(f"{loss:.4f}" for loss in week["positions"][name])] for name in ("with", "without")
     ]
     fitting_rows = []
-    for name, r in week["fitting"].items():
+    for name, r in sorted(week["fitting"].items(), reverse=True):
         best, last = r["best"], r["last"]
         cells = [f"{best['val']:.4f}", best["step"], f"{last['train']:.4f}", f"{last['val']:.4f}"]
         fitting_rows.append([name, *cells])
@@ -177,7 +179,7 @@ def tables(results):
                 if name <= "v1_mlp"
             ],
         ),
-        "optimizers": table(["optimizer", *["learning rate: val loss"] * 4], optimizer_rows),
+        "optimizers": table(["optimizer", "lowest rate", "second", "third", "highest"], optimizer_rows),
         "batch_sizes": table(
             [
                 "batch size",

@@ -159,6 +159,7 @@ def tables(results):
         "products": matrix(hand["products"], 0),
         "scores": matrix(hand["scores"], 2, masked=True),
         "weights": matrix(hand["weights"], 2),
+        "output": matrix(hand["output"], 2),
         "scaling": table(
             ["d", "variance of q.k", "after division", "largest of 32 weights", "after division"],
             scaling_rows,
