@@ -44,9 +44,9 @@ class Config:
     out_dir: str = f"runs/{NAME}"  # folder for the checkpoint, metrics, pictures and sample
     device: str = "auto"  # auto, cuda, mps or cpu
     seed: int = 1337  # same seed on the same machine: same numbers
-    block_size: int = 64  # characters in one training example (T)
+    block_size: int = 64  # tokens in one training example (T)
     batch_size: int = 32  # training examples in one step (B)
-    window: int = 8  # characters that the model sees, the current one included
+    window: int = 8  # tokens that the model sees, the current one included
     n_embd: int = 32  # numbers in an embedding (C)
     n_hidden: int = 256  # units in each hidden layer
     max_steps: int = 800  # optimizer steps
@@ -54,9 +54,9 @@ class Config:
     warmup_steps: int = 50  # steps in which the step size rises to its peak
     grad_clip: float = 1.0  # a gradient with a larger Euclidean norm is scaled down to it
     eval_interval: int = 100  # steps between two estimates of the loss, with a checkpoint each
-    eval_tokens: int = 20_000  # characters of each split in such an estimate
-    prompt: str = ""  # text to continue; empty: start from the first character of the vocabulary
-    max_new_tokens: int = 500  # characters to sample
+    eval_tokens: int = 20_000  # tokens of each split in such an estimate
+    prompt: str = ""  # text to continue; empty: start from the first token of the vocabulary
+    max_new_tokens: int = 500  # tokens to sample
 
     def __post_init__(self):
         may_be_zero = ("seed", "warmup_steps")
@@ -73,7 +73,7 @@ def parse_flags():
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--sample", action="store_true", help="do not train: continue the prompt")
     mode.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument("--greedy", action="store_true", help="always sample the likeliest character")
+    parser.add_argument("--greedy", action="store_true", help="always sample the likeliest token")
     # --help shows the comment beside each field of Config
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
     for field in fields(Config):
@@ -95,11 +95,11 @@ def pick_device(name):
 
 
 class CharTokenizer:
-    """Characters to ids and back: the vocabulary is a string, an id is a place in it."""
+    """Characters to ids and back: a token is a character, the vocabulary a string, an id a place in it."""
 
-    def __init__(self, chars):
-        self.chars = chars
-        self.ids = {char: i for i, char in enumerate(chars)}
+    def __init__(self, vocab):
+        self.vocab = vocab
+        self.ids = {char: i for i, char in enumerate(vocab)}
 
     def encode(self, text):
         """Text to a list of ids; exits on a character that the vocabulary lacks."""
@@ -110,19 +110,26 @@ class CharTokenizer:
 
     def decode(self, ids):
         """List of ids to text."""
-        return "".join(self.chars[i] for i in ids)
+        return "".join(self.vocab[i] for i in ids)
 
 
 def load_text(config):
-    """Return the text to learn from; exits if it is missing, not UTF-8 or too short."""
+    """Return the text to learn from; exits if it is missing or not UTF-8."""
     try:
-        text = Path(config.data).read_text(encoding="utf-8")
+        return Path(config.data).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"error: cannot read {config.data} as UTF-8 text ({error}); name another file with --data")
-    least = 10 * (config.block_size + 1)  # the last 10% must hold one window
-    if len(text) < least:
-        sys.exit(f"error: {config.data} is too short: {len(text)} characters, this block_size needs {least}")
-    return text
+
+
+def load_splits(config, tokenizer, device):
+    """Return the ids (N,) to train on and those of the last 10% of the text; exits if these are too few."""
+    text = load_text(config)
+    cut = int(0.9 * len(text))
+    train_ids = torch.tensor(tokenizer.encode(text[:cut]), device=device)
+    val_ids = torch.tensor(tokenizer.encode(text[cut:]), device=device)
+    if len(val_ids) <= config.block_size:
+        sys.exit(f"error: {config.data} is too short: its last 10%, {len(val_ids)} tokens, hold no window")
+    return train_ids, val_ids
 
 
 def get_batch(ids, config):
@@ -348,20 +355,19 @@ def main():
         checkpoint, config = load_checkpoint(flags)
     else:
         config = Config(**flags)
-        chars = "".join(sorted(set(load_text(config))))
-        checkpoint = {"version": NAME, "chars": chars, "step": 0, "seconds": 0.0, "history": []}
-    tokenizer = CharTokenizer(checkpoint["chars"])
+        vocab = "".join(sorted(set(load_text(config))))
+        checkpoint = {"version": NAME, "vocab": vocab, "step": 0, "seconds": 0.0, "history": []}
+    tokenizer = CharTokenizer(checkpoint["vocab"])
     device = pick_device(config.device)
     prompt = torch.tensor([tokenizer.encode(config.prompt) or [0]], device=device)  # (1, T), never empty
 
     torch.manual_seed(config.seed)
-    model = LanguageModel(config, len(tokenizer.chars)).to(device)
+    model = LanguageModel(config, len(tokenizer.vocab)).to(device)
     if sample_only or resume:
         load_weights(model, checkpoint, config)
     if not sample_only:
+        train_ids, val_ids = load_splits(config, tokenizer, device)
         Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-        ids = torch.tensor(tokenizer.encode(load_text(config)), device=device)
-        train_ids, val_ids = ids.tensor_split([int(0.9 * len(ids))])  # the last 10% are for validation
         train(model, train_ids, val_ids, config, checkpoint)
         model.load_state_dict(checkpoint["model"])
         report(model, train_ids, val_ids, config, checkpoint)

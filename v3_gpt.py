@@ -45,7 +45,7 @@ class Config:
     out_dir: str = f"runs/{NAME}"  # folder for the checkpoint, metrics, pictures and sample
     device: str = "auto"  # auto, cuda, mps or cpu
     seed: int = 1337  # same seed on the same machine: same numbers
-    block_size: int = 64  # characters in one training example (T), and the most that attention can see
+    block_size: int = 64  # tokens in one training example (T), and the most that attention can see
     batch_size: int = 32  # training examples in one step (B)
     n_embd: int = 128  # numbers in an embedding (C)
     n_head: int = 4  # attention heads, each n_embd / n_head wide
@@ -57,12 +57,12 @@ class Config:
     weight_decay: float = 0.1  # pull of the matrices towards zero
     grad_clip: float = 1.0  # a gradient with a larger Euclidean norm is scaled down to it
     eval_interval: int = 200  # steps between two estimates of the loss, with a checkpoint each
-    eval_tokens: int = 20_000  # characters of each split in such an estimate
+    eval_tokens: int = 20_000  # tokens of each split in such an estimate
     temperature: float = 1.0  # below 1: safer samples, above 1: bolder ones
-    top_k: int = 0  # sample among the k likeliest characters; 0: among all
+    top_k: int = 0  # sample among the k likeliest tokens; 0: among all
     top_p: float = 1.0  # sample among the likeliest that together reach this probability
-    prompt: str = ""  # text to continue; empty: start from the first character of the vocabulary
-    max_new_tokens: int = 500  # characters to sample
+    prompt: str = ""  # text to continue; empty: start from the first token of the vocabulary
+    max_new_tokens: int = 500  # tokens to sample
 
     def __post_init__(self):
         may_be_zero = ("seed", "warmup_steps", "dropout", "weight_decay", "top_k")
@@ -83,7 +83,7 @@ def parse_flags():
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--sample", action="store_true", help="do not train: continue the prompt")
     mode.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument("--greedy", action="store_true", help="always sample the likeliest character")
+    parser.add_argument("--greedy", action="store_true", help="always sample the likeliest token")
     # --help shows the comment beside each field of Config
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
     for field in fields(Config):
@@ -105,11 +105,11 @@ def pick_device(name):
 
 
 class CharTokenizer:
-    """Characters to ids and back: the vocabulary is a string, an id is a place in it."""
+    """Characters to ids and back: a token is a character, the vocabulary a string, an id a place in it."""
 
-    def __init__(self, chars):
-        self.chars = chars
-        self.ids = {char: i for i, char in enumerate(chars)}
+    def __init__(self, vocab):
+        self.vocab = vocab
+        self.ids = {char: i for i, char in enumerate(vocab)}
 
     def encode(self, text):
         """Text to a list of ids; exits on a character that the vocabulary lacks."""
@@ -120,19 +120,26 @@ class CharTokenizer:
 
     def decode(self, ids):
         """List of ids to text."""
-        return "".join(self.chars[i] for i in ids)
+        return "".join(self.vocab[i] for i in ids)
 
 
 def load_text(config):
-    """Return the text to learn from; exits if it is missing, not UTF-8 or too short."""
+    """Return the text to learn from; exits if it is missing or not UTF-8."""
     try:
-        text = Path(config.data).read_text(encoding="utf-8")
+        return Path(config.data).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"error: cannot read {config.data} as UTF-8 text ({error}); name another file with --data")
-    least = 10 * (config.block_size + 1)  # the last 10% must hold one window
-    if len(text) < least:
-        sys.exit(f"error: {config.data} is too short: {len(text)} characters, this block_size needs {least}")
-    return text
+
+
+def load_splits(config, tokenizer, device):
+    """Return the ids (N,) to train on and those of the last 10% of the text; exits if these are too few."""
+    text = load_text(config)
+    cut = int(0.9 * len(text))
+    train_ids = torch.tensor(tokenizer.encode(text[:cut]), device=device)
+    val_ids = torch.tensor(tokenizer.encode(text[cut:]), device=device)
+    if len(val_ids) <= config.block_size:
+        sys.exit(f"error: {config.data} is too short: its last 10%, {len(val_ids)} tokens, hold no window")
+    return train_ids, val_ids
 
 
 def get_batch(ids, config):
@@ -152,15 +159,15 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.config = config
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x):
         """(B, T, C) to (B, T, C)."""
-        qkv = self.qkv(x).unflatten(2, (3, self.n_head, -1))  # (B, T, 3, n_head, head_size)
+        qkv = self.qkv(x).unflatten(2, (3, self.config.n_head, -1))  # (B, T, 3, n_head, head_size)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_size)
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.config.dropout if self.training else 0.0
         # scale, mask, softmax and weighted sum in one kernel
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         return self.proj(x.transpose(1, 2).flatten(2))
@@ -421,20 +428,19 @@ def main():
         checkpoint, config = load_checkpoint(flags)
     else:
         config = Config(**flags)
-        chars = "".join(sorted(set(load_text(config))))
-        checkpoint = {"version": NAME, "chars": chars, "step": 0, "seconds": 0.0, "history": []}
-    tokenizer = CharTokenizer(checkpoint["chars"])
+        vocab = "".join(sorted(set(load_text(config))))
+        checkpoint = {"version": NAME, "vocab": vocab, "step": 0, "seconds": 0.0, "history": []}
+    tokenizer = CharTokenizer(checkpoint["vocab"])
     device = pick_device(config.device)
     prompt = torch.tensor([tokenizer.encode(config.prompt) or [0]], device=device)  # (1, T), never empty
 
     torch.manual_seed(config.seed)
-    model = LanguageModel(config, len(tokenizer.chars)).to(device)
+    model = LanguageModel(config, len(tokenizer.vocab)).to(device)
     if sample_only or resume:
         load_weights(model, checkpoint, config)
     if not sample_only:
+        train_ids, val_ids = load_splits(config, tokenizer, device)
         Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-        ids = torch.tensor(tokenizer.encode(load_text(config)), device=device)
-        train_ids, val_ids = ids.tensor_split([int(0.9 * len(ids))])  # the last 10% are for validation
         train(model, train_ids, val_ids, config, checkpoint)
         model.load_state_dict(checkpoint["model"])
         report(model, train_ids, val_ids, config, checkpoint)

@@ -41,7 +41,7 @@ def fold_positions():
     """Move the trained position vectors into the first layer's bias: the largest change of a logit."""
     checkpoint = torch.load(ROOT / "runs/v1_mlp/checkpoint.pt", weights_only=True)
     config = v1_mlp.Config(**checkpoint["config"])
-    model = v1_mlp.LanguageModel(config, len(checkpoint["chars"]))
+    model = v1_mlp.LanguageModel(config, len(checkpoint["vocab"]))
     model.load_state_dict(checkpoint["model"])
     idx = torch.randint(65, (8, 64), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

@@ -94,9 +94,9 @@ def heat_map():
     shutil.copy(run_dir / "attention.png", LOGS / "week_3_attention.png")
     checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     config = v2_attention.Config(**checkpoint["config"])
-    model = v2_attention.LanguageModel(config, len(checkpoint["chars"]))
+    model = v2_attention.LanguageModel(config, len(checkpoint["vocab"]))
     model.load_state_dict(checkpoint["model"])
-    ids = torch.tensor([checkpoint["chars"].index(c) for c in v2_attention.load_text(config)[-65 * 64 :]])
+    ids = torch.tensor([checkpoint["vocab"].index(c) for c in v2_attention.load_text(config)[-65 * 64 :]])
     windows = ids[: 64 * config.block_size].view(64, config.block_size)
     results = {}
     with torch.inference_mode():
