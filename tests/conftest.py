@@ -23,6 +23,9 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 RUNGS = sorted(path.stem for path in ROOT.glob("v[0-9]*_*.py"))
+# What must hold for a rung must hold for every kind of position: "RUNG FLAG=VALUE ..."
+VARIANTS = [f"v4_rope_alibi position={name}" for name in ("learned", "sinusoidal", "alibi", "none")]
+VARIANTS[-1] += " norm=rmsnorm"
 TINY = dict(block_size=8, batch_size=4, window=3, n_embd=16, n_head=2, n_layer=2, n_hidden=16, warmup_steps=3)
 TINY |= dict(max_steps=12, eval_interval=5, eval_tokens=300, max_new_tokens=20)
 
@@ -79,15 +82,18 @@ def no_open_figures():
     plt.close("all")
 
 
-@pytest.fixture(params=RUNGS)
-def rung(request):
-    """Each rung's name in turn."""
-    return request.param
+@pytest.fixture(params=RUNGS + VARIANTS)
+def rung(request, monkeypatch):
+    """Each rung's name in turn; for a variant the small settings have its flags."""
+    name, *flags = request.param.split()
+    for flag in flags:
+        monkeypatch.setitem(TINY, *flag.split("="))
+    return name
 
 
 @pytest.fixture
 def module(rung):
-    """Each rung's module in turn."""
+    """Each rung's module in turn, variants as for `rung`."""
     return importlib.import_module(rung)
 
 

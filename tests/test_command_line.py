@@ -11,7 +11,7 @@ import time
 import matplotlib.image
 import pytest
 import torch
-from conftest import ROOT, RUNGS, command, run_here, run_rung, tiny_flags
+from conftest import ROOT, RUNGS, TINY, VARIANTS, command, run_here, run_rung, tiny_flags
 
 METRICS = {
     *("version", "params", "steps", "tokens", "seconds", "tokens_per_second", "train_loss", "val_loss"),
@@ -25,12 +25,13 @@ def trained(tmp_path_factory):
     done = {}
 
     def train(rung):
-        if rung not in done:
+        variant = rung, TINY.get("position")
+        if variant not in done:
             folder = tmp_path_factory.mktemp(rung)
             text = (ROOT / "input.txt").read_text(encoding="utf-8")[:6000]
             (folder / "input.txt").write_text(text, encoding="utf-8", newline="\n")
-            done[rung] = folder, run_rung(rung, *tiny_flags(importlib.import_module(rung)), cwd=folder)
-        return done[rung]
+            done[variant] = folder, run_rung(rung, *tiny_flags(importlib.import_module(rung)), cwd=folder)
+        return done[variant]
 
     return train
 
@@ -77,7 +78,7 @@ def test_training_makes_all_its_files(rung, trained):
 
 def len_chars(out):
     """The vocabulary size of the checkpoint in folder `out`."""
-    return len(torch.load(out / "checkpoint.pt", weights_only=True)["chars"])
+    return len(torch.load(out / "checkpoint.pt", weights_only=True)["vocab"])
 
 
 def test_attention_picture(trained):
@@ -108,7 +109,7 @@ def test_help_names_every_flag_with_meaning_and_default(rung, tmp_path):
     assert "None" not in text and ("--resume" in text) == (rung != "v0_bigram")
 
 
-@pytest.mark.parametrize("rung", RUNGS[1:])
+@pytest.mark.parametrize("rung", RUNGS[1:] + VARIANTS, indirect=True)
 def test_resume_from_the_command_line_goes_on(rung, trained):
     folder, _ = trained(rung)
     process = run_rung(rung, "--resume", "--max_steps=20", "--out_dir", f"runs/{rung}", cwd=folder)
@@ -161,7 +162,7 @@ def test_bad_input_is_refused_in_one_sentence_and_harms_nothing(rung, trained):
     assert refused(run_rung(rung, "--data=nowhere.txt", cwd=folder), "nowhere.txt", "--data")
     assert refused(run("--data=afolder"), "afolder", "--data")
     assert refused(run("--data=latin1.txt"), "latin1.txt", "UTF-8")
-    assert refused(run("--data=short.txt"), "short.txt", "9 characters")
+    assert refused(run("--data=short.txt"), "short.txt", "too short")
     assert refused(run("--prompt=\u20ac"), "\u20ac", "vocabulary")
     assert refused(run("--sample", "--prompt=\u20ac"), "\u20ac", "vocabulary")
     assert refused(run("--batch_size=0"), "--batch_size 0")

@@ -54,13 +54,13 @@ def test_docstring_lists_exactly_what_changed(below, rung):
         "removed": old.keys() - new.keys(),
     }
     block = re.search(
-        r"^Since (\w+)\.py\n  added:    (.+)\n  changed:  (.+)\n  removed:  (.+)\n\n",
+        r"^Since (\w+)\.py\n  added:    (.+?)\n  changed:  (.+?)\n  removed:  (.+?)\n\n",
         source(rung),
-        flags=re.M,
+        flags=re.M | re.S,
     )
     assert block and block[1] == below
     for kind, names in zip(("added", "changed", "removed"), block.groups()[1:], strict=True):
-        listed = [] if names == "-" else names.split(", ")
+        listed = [] if names == "-" else re.split(r",(?: |\n {12})", names)
         assert listed == sorted(actual[kind]), f"{rung} {kind}"
 
 

@@ -1,0 +1,642 @@
+"""v4, week 5: positions (Su et al. 2021, Press et al. 2021). Where am I, and how far back is that?
+
+Attention alone does not know the order of what it reads. A position can be a vector that is added to the
+token, learned as before or made of sines. It can also go into the scores: RoPE turns queries and keys, ALiBi
+charges for distance: both see distances only, so no window is too long. A token may be a piece of a word now.
+
+Since v3_gpt.py
+  added:    NORMS, POSITIONS, RMSNorm, alibi_bias, apply_rope, compare_positions, kind_of, losses_at,
+            plot_embeddings, position_angles, run, sinusoidal_embedding
+  changed:  Config, LanguageModel, MultiHeadAttention, TransformerBlock, evaluate, generate, load_weights,
+            main, parse_flags, report
+  removed:  -
+
+Result: val loss 0.
+
+Run it with: python v4_rope_alibi.py, or with --help to see every flag.
+"""
+
+import argparse
+import copy
+import inspect
+import json
+import math
+import re
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from bpe_tokenizer import BPETokenizer
+
+# --------------------------------------------- config ---------------------------------------------
+
+NAME = Path(__file__).stem
+POSITIONS = ("learned", "sinusoidal", "rope", "alibi", "none")
+
+
+@dataclass
+class Config:
+    """Every field is a command-line flag of the same name: --max_steps 500."""
+
+    data: str = "input.txt"  # UTF-8 text to learn from
+    tokenizer: str = "char"  # char, or a vocabulary file that bpe_tokenizer.py wrote
+    out_dir: str = f"runs/{NAME}"  # folder for the checkpoint, metrics, pictures and sample
+    device: str = "auto"  # auto, cuda, mps or cpu
+    seed: int = 1337  # same seed on the same machine: same numbers
+    block_size: int = 64  # tokens in one training example (T), and the most that attention can see
+    batch_size: int = 32  # training examples in one step (B)
+    n_embd: int = 128  # numbers in an embedding (C)
+    n_head: int = 4  # attention heads, each n_embd / n_head wide
+    n_layer: int = 4  # transformer blocks
+    norm: str = "layernorm"  # layernorm or rmsnorm
+    position: str = "rope"  # learned, sinusoidal, rope, alibi or none
+    position_base: float = 10_000.0  # sinusoidal, rope: the larger, the slower the slow angles grow
+    position_scale: float = 1.0  # sinusoidal, rope, alibi: positions are divided by this
+    dropout: float = 0.0  # share of activations set to zero in training
+    max_steps: int = 2500  # optimizer steps
+    learning_rate: float = 0.006  # peak step size of AdamW
+    warmup_steps: int = 100  # steps in which the step size rises to its peak
+    weight_decay: float = 0.1  # pull of the matrices towards zero
+    grad_clip: float = 1.0  # a gradient with a larger Euclidean norm is scaled down to it
+    eval_interval: int = 200  # steps between two estimates of the loss, with a checkpoint each
+    eval_tokens: int = 20_000  # tokens of each split in such an estimate
+    temperature: float = 1.0  # below 1: safer samples, above 1: bolder ones
+    top_k: int = 0  # sample among the k likeliest tokens; 0: among all
+    top_p: float = 1.0  # sample among the likeliest that together reach this probability
+    prompt: str = ""  # text to continue; empty: start from the first token of the vocabulary
+    max_new_tokens: int = 500  # tokens to sample
+    context: int = 0  # tokens that a sample can look back on; 0: block_size
+
+    def __post_init__(self):
+        may_be_zero = ("seed", "warmup_steps", "dropout", "weight_decay", "top_k", "context")
+        for name, value in vars(self).items():
+            limit = 2**31 if isinstance(value, int) else math.inf
+            if not isinstance(value, str) and not (0 < value < limit or (value == 0 and name in may_be_zero)):
+                sys.exit(f"error: --{name} {value} is impossible, it must be a positive number")
+        if self.dropout >= 1 or self.top_p > 1:
+            sys.exit("error: --dropout must be below 1 and --top_p at most 1")
+        if self.n_embd % self.n_head:
+            sys.exit(f"error: --n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}")
+        if self.position not in POSITIONS or self.norm not in NORMS:
+            sys.exit(f"error: --position is one of {', '.join(POSITIONS)}, --norm one of {', '.join(NORMS)}")
+        if self.position in ("sinusoidal", "rope") and self.n_embd // self.n_head % 2:
+            sys.exit(f"error: --position {self.position} pairs numbers up: --n_embd / --n_head must be even")
+        if self.position == "learned" and self.context > self.block_size:
+            sys.exit("error: --position learned has no vectors beyond --block_size: lower --context")
+
+
+def parse_flags():
+    """Return the flags given on the command line, and only those, as a dict."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = lambda message: sys.exit(f"error: {message}; --help lists every flag")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--sample", action="store_true", help="do not train: continue the prompt")
+    mode.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--compare", action="store_true", help="train and compare every --position")
+    parser.add_argument("--greedy", action="store_true", help="always sample the likeliest token")
+    # --help shows the comment beside each field of Config
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
+    for field in fields(Config):
+        meaning = f"{comments[field.name]} (default: {field.default!r})"
+        parser.add_argument(f"--{field.name}", type=field.type, default=argparse.SUPPRESS, help=meaning)
+    return vars(parser.parse_args())
+
+
+def pick_device(name):
+    """Return the device of that name; `auto` is CUDA or MPS where there is one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    available = [accelerator.type, "cpu"] if accelerator else ["cpu"]
+    if name not in ["auto", *available]:
+        sys.exit(f"error: there is no --device {name} here, choose from: auto, {', '.join(available)}")
+    return available[0] if name == "auto" else name
+
+
+# ---------------------------------------------- data ----------------------------------------------
+
+
+class CharTokenizer:
+    """Characters to ids and back: a token is a character, the vocabulary a string, an id a place in it."""
+
+    def __init__(self, vocab):
+        self.vocab = vocab
+        self.ids = {char: i for i, char in enumerate(vocab)}
+
+    def encode(self, text):
+        """Text to a list of ids; exits on a character that the vocabulary lacks."""
+        try:
+            return [self.ids[char] for char in text]
+        except KeyError as error:
+            sys.exit(f"error: the vocabulary lacks the character {error}; change --prompt or --data")
+
+    def decode(self, ids):
+        """List of ids to text."""
+        return "".join(self.vocab[i] for i in ids)
+
+
+def load_text(config):
+    """Return the text to learn from; exits if it is missing or not UTF-8."""
+    try:
+        return Path(config.data).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"error: cannot read {config.data} as UTF-8 text ({error}); name another file with --data")
+
+
+def load_splits(config, tokenizer, device):
+    """Return the ids (N,) to train on and those of the last 10% of the text; exits if these are too few."""
+    text = load_text(config)
+    cut = int(0.9 * len(text))
+    train_ids = torch.tensor(tokenizer.encode(text[:cut]), device=device)
+    val_ids = torch.tensor(tokenizer.encode(text[cut:]), device=device)
+    if len(val_ids) <= config.block_size:
+        sys.exit(f"error: {config.data} is too short: its last 10%, {len(val_ids)} tokens, hold no window")
+    return train_ids, val_ids
+
+
+def get_batch(ids, config):
+    """Draw windows of `ids` (N,) at random; return inputs and targets, both (B, T)."""
+    starts = torch.randint(len(ids) - config.block_size, (config.batch_size, 1), device=ids.device)
+    batch = ids[starts + torch.arange(config.block_size + 1, device=ids.device)]  # (B, T + 1)
+    # Teacher forcing: each position sees the true text so far, never the model's own guesses, and is asked
+    # for the character that follows. So targets are inputs shifted by one: inputs "To b", targets "o be".
+    return batch[:, :-1], batch[:, 1:]
+
+
+# ---------------------------------------------- model ----------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (Zhang and Sennrich 2019): LayerNorm without the mean and without the bias."""
+
+    def __init__(self, n_embd):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+
+    def forward(self, x):
+        """(B, T, C) to (B, T, C): x / sqrt(mean of x^2) * weight."""
+        return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-5) * self.weight
+
+
+NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": RMSNorm}
+
+
+def position_angles(T, width, config, device):
+    """Angles (T, width / 2) in radians: position t times base^(-2i / width), from fast to slow."""
+    positions = torch.arange(T, device=device) / config.position_scale  # interpolation: Chen et al. 2023
+    i = torch.arange(0, width, 2, device=device)
+    return torch.outer(positions, 1 / config.position_base ** (i / width))
+
+
+def sinusoidal_embedding(T, C, config, device):
+    """Vectors (T, C) of Vaswani et al. 2017: column 2i is the sine of angle i, column 2i + 1 its cosine."""
+    angles = position_angles(T, C, config, device)
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+
+
+def apply_rope(x, config):
+    """RoPE (Su et al. 2021) as in LLaMA: turn each pair (x_i, x_{i + D/2}) of (B, n_head, T, D) by angle i.
+
+    Then the dot product of a query and a key depends on their places only by the distance between them.
+    """
+    angles = position_angles(x.shape[-2], x.shape[-1], config, x.device).repeat(1, 2)  # (T, D)
+    a, b = x.chunk(2, dim=-1)
+    return x * angles.cos() + torch.cat([-b, a], dim=-1) * angles.sin()
+
+
+def alibi_bias(T, config, device):
+    """ALiBi (Press et al. 2021): -slope * distance for each score (n_head, T, T), -inf where it is to come.
+
+    The slopes are 2^(-8i / n) for i = 1 ... n = n_head. If that is no power of two, they are those of the
+    power of two below, then the first, third ... of the power of two above.
+    """
+    n = 2 ** int(math.log2(config.n_head))
+    slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)] + [2 ** (-4 * i / n) for i in range(1, 2 * n, 2)]
+    slopes = torch.tensor(slopes[: config.n_head], device=device)
+    positions = torch.arange(T, device=device) / config.position_scale
+    distance = positions[:, None] - positions  # (T, T)
+    return (-slopes[:, None, None] * distance).masked_fill(distance < 0, -math.inf)
+
+
+class MultiHeadAttention(nn.Module):
+    """Causal self-attention, all heads in one matrix product and one fused kernel."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        """(B, T, C) to (B, T, C)."""
+        qkv = self.qkv(x).unflatten(2, (3, self.config.n_head, -1))  # (B, T, 3, n_head, head_size)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_size)
+        if self.config.position == "rope":
+            q, k = apply_rope(q, self.config), apply_rope(k, self.config)
+        bias = alibi_bias(x.shape[1], self.config, x.device) if self.config.position == "alibi" else None
+        dropout = self.config.dropout if self.training else 0.0
+        # scale, mask, softmax and weighted sum in one kernel
+        x = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=dropout, is_causal=bias is None)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-LN block (Xiong et al. 2020): attention, then an MLP, each added to what came in."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = NORMS[config.norm](config.n_embd)
+        self.attention = MultiHeadAttention(config)
+        self.norm2 = NORMS[config.norm](config.n_embd)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.n_embd, 4 * config.n_embd),
+            nn.GELU(),
+            nn.Linear(4 * config.n_embd, config.n_embd),
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        """(B, T, C) to (B, T, C)."""
+        x = x + self.dropout(self.attention(self.norm1(x)))
+        x = x + self.dropout(self.mlp(self.norm2(x)))
+        return x
+
+
+class LanguageModel(nn.Module):
+    """Token (and position) embeddings, n_layer transformer blocks, a last norm, logits."""
+
+    def __init__(self, config, vocab_size):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
+        if config.position == "learned":
+            self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.Sequential(*[TransformerBlock(config) for _ in range(config.n_layer)])
+        self.norm = NORMS[config.norm](config.n_embd)
+        self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+        for block in self.blocks:  # 2 * n_layer of these add up: smaller terms keep the size of the sum
+            for last in (block.attention.proj, block.mlp[2]):
+                nn.init.normal_(last.weight, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def forward(self, idx):
+        """Token ids (B, T) to next-token logits (B, T, V)."""
+        x = self.token_embedding(idx)  # (B, T, C)
+        T, C = x.shape[1:]
+        if self.config.position == "learned":
+            x = x + self.position_embedding(torch.arange(T, device=idx.device))
+        if self.config.position == "sinusoidal":
+            x = x * math.sqrt(C) + sinusoidal_embedding(T, C, self.config, idx.device)
+        return self.head(self.norm(self.blocks(self.dropout(x))))
+
+
+# -------------------------------------------- training --------------------------------------------
+
+
+@torch.inference_mode()
+def evaluate(model, ids, config, max_tokens=None, skip=0):
+    """Mean loss in nats per token over consecutive windows of `ids` (N,), every token predicted once.
+
+    With `max_tokens`, over evenly spread windows of about that many tokens: fixed, and cheap to repeat.
+    With `skip`, without the first `skip` tokens of each window.
+    """
+    T = config.block_size
+    padding = -(len(ids) - 1) % T  # fills up the last window; cross_entropy skips targets of -100
+    x = F.pad(ids[:-1], (0, padding)).view(-1, T)
+    y = F.pad(ids[1:], (0, padding), value=-100).view(-1, T)
+    if max_tokens:
+        stride = max(1, len(ids) // max_tokens)
+        x, y = x[::stride], y[::stride]
+    y[:, :skip] = -100
+    model.eval()
+    total = 0.0
+    for xb, yb in zip(x.split(config.batch_size), y.split(config.batch_size), strict=True):
+        total += F.cross_entropy(model(xb).flatten(0, 1), yb.flatten(), reduction="sum").item()
+    model.train()
+    return total / (y != -100).sum().item()
+
+
+def save_checkpoint(checkpoint, config):
+    """Write to a temporary file, then rename: a write that is cut short harms nothing."""
+    temporary = Path(config.out_dir, "checkpoint.tmp")
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+    temporary.replace(temporary.with_suffix(".pt"))
+
+
+def load_checkpoint(flags):
+    """Return the checkpoint and its Config, in which `flags` replace saved values; exits if unusable."""
+    path = Path(flags.get("out_dir", Config.out_dir), "checkpoint.pt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["version"] != NAME:
+            raise ValueError(f"saved by {checkpoint['version']}")
+        return checkpoint, Config(**checkpoint["config"] | flags)
+    except Exception as error:  # missing, truncated, or something else altogether
+        reason = str(error).split("\n")[0]
+        sys.exit(f"error: no checkpoint of {NAME} in {path} ({reason}); train first: python {NAME}.py")
+
+
+def load_weights(model, checkpoint, config):
+    """Copy the saved weights into `model`; exits if `config` is not the one they were trained with."""
+    for name, saved in checkpoint["config"].items():
+        fixed = name in ("data", "tokenizer", "position", "norm", "block_size", "batch_size", "eval_tokens")
+        fixed = fixed or name.startswith("n_")
+        if fixed and getattr(config, name) != saved:
+            sys.exit(f"error: the saved model has --{name} {saved}; leave out that flag or train anew")
+    if config.max_steps < checkpoint["step"]:
+        sys.exit(f"error: --max_steps {config.max_steps} is less than the {checkpoint['step']} steps taken")
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError:
+        sys.exit(f"error: the saved weights do not fit the model in {NAME}.py; train again")
+
+
+def make_optimizer(model, config):
+    """AdamW (Loshchilov and Hutter 2019) that decays matrices, not biases and LayerNorms; fused as before."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    lr, weight_decay = config.learning_rate, config.weight_decay
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.95), fused=True)
+
+
+def learning_rate_at(step, config):
+    """Linear warm-up to config.learning_rate, then half a cosine down to a tenth of it at the last step."""
+    if step < config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    return config.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def train(model, train_ids, val_ids, config, checkpoint):
+    """Train to config.max_steps from where `checkpoint` stands, and save it at each estimate and on Ctrl-C.
+
+    checkpoint["model"] holds the weights of the lowest val loss, checkpoint["last"] those to go on from.
+    """
+    optimizer = make_optimizer(model, config)
+    if "last" in checkpoint:
+        model.load_state_dict(checkpoint["last"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    stop = []  # Ctrl-C leaves a note here, to be read between two steps
+    signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    start = time.perf_counter() - checkpoint["seconds"]
+    steps = range(checkpoint["step"] + 1, config.max_steps + 1)
+    for step in (bar := tqdm(steps, initial=checkpoint["step"], total=config.max_steps, unit="step")):
+        torch.manual_seed(1_000_000 * config.seed + step)  # a resumed run draws what it would have drawn
+        x, y = get_batch(train_ids, config)
+        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())  # (B * T, V) against (B * T,)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, config)
+        optimizer.step()
+
+        evaluate_now = step % config.eval_interval == 0 or step == config.max_steps
+        stop_now = bool(stop)  # asked once: a Ctrl-C from here on counts for the next step
+        if evaluate_now or stop_now or step % 10 == 0:
+            seconds = time.perf_counter() - start
+            status = f"loss {loss.item():.4f}, {step * x.numel() / seconds:,.0f} tokens/s"
+            bar.set_postfix_str(status, refresh=False)
+            if not math.isfinite(loss.item()) or not math.isfinite(norm):
+                sys.exit(f"\nerror: the loss is not finite at step {step}; try a lower --learning_rate")
+        if evaluate_now:
+            train_loss = evaluate(model, train_ids, config, config.eval_tokens)
+            val_loss = evaluate(model, val_ids, config, config.eval_tokens)
+            if not math.isfinite(val_loss):
+                sys.exit(f"\nerror: the loss is not finite at step {step}; try a lower --learning_rate")
+            point = {"step": step, "seconds": seconds, "train_loss": train_loss, "val_loss": val_loss}
+            checkpoint["history"].append(point)
+            if val_loss == min(point["val_loss"] for point in checkpoint["history"]):
+                checkpoint["model"] = copy.deepcopy(model.state_dict())
+        if evaluate_now or stop_now:
+            if not checkpoint["history"]:
+                checkpoint["model"] = model.state_dict()
+            checkpoint.update(last=model.state_dict(), optimizer=optimizer.state_dict())
+            checkpoint.update(config=asdict(config), step=step, seconds=time.perf_counter() - start)
+            save_checkpoint(checkpoint, config)
+        if stop_now:
+            sys.exit(f"\nstopped after step {step} and saved; the same command with --resume goes on")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if stop:
+        raise KeyboardInterrupt
+
+
+def kind_of(token):
+    """The kind of a token by its first character that is no space, for its colour in embeddings.png."""
+    first = token.strip()[:1]
+    if not first.isalpha():
+        return "digit" if first.isdigit() else "punctuation, space"
+    return "capital" if first.isupper() else "vowel" if first in "aeiou" else "consonant"
+
+
+def plot_embeddings(model, tokenizer, ids, config):
+    """Write embeddings.png: the 100 most frequent tokens of `ids` (N,) in two principal components."""
+    counts = ids.bincount()
+    frequent = counts.topk(min(100, (counts > 0).sum())).indices
+    tokens = [tokenizer.decode([i]) for i in frequent.tolist()]
+    vectors = model.token_embedding.weight.detach()[frequent].cpu()  # (100, C)
+    vectors -= vectors.mean(dim=0)
+    _, sizes, axes = torch.linalg.svd(vectors, full_matrices=False)
+    share = 100 * sizes.square() / sizes.square().sum()  # percent of the variance along each axis
+    points = (vectors @ axes[:2].T).numpy()
+    fig, ax = plt.subplots(figsize=(8, 6), layout="constrained")
+    for color, kind in enumerate(("vowel", "consonant", "capital", "digit", "punctuation, space")):
+        members = [i for i, token in enumerate(tokens) if kind_of(token) == kind]
+        ax.scatter(*points[members].T, 200, f"C{color}", alpha=0.15, label=kind)
+        for i in members:
+            label = repr(tokens[i])[1:-1].replace(" ", "\u2423")
+            ax.text(*points[i], label, color=f"C{color}", ha="center", va="center", parse_math=False)
+    ax.set(xlabel=f"first component ({share[0]:.0f}% of the variance)")
+    ax.set(ylabel=f"second component ({share[1]:.0f}% of the variance)")
+    ax.legend(title="first character")
+    fig.savefig(Path(config.out_dir, "embeddings.png"))
+
+
+def report(model, tokenizer, train_ids, val_ids, config, checkpoint):
+    """Evaluate on the whole validation split; write metrics.json and the pictures; print a summary."""
+    history, tokens = checkpoint["history"], checkpoint["step"] * config.batch_size * config.block_size
+    val_loss = evaluate(model, val_ids, config)
+    n_chars = len(tokenizer.decode(val_ids[1:].tolist()))  # what was predicted, whatever a token is
+    metrics = {
+        "version": NAME,
+        "params": sum(p.numel() for p in model.parameters()),
+        "steps": checkpoint["step"],
+        "tokens": tokens,
+        "seconds": checkpoint["seconds"],
+        "tokens_per_second": tokens / checkpoint["seconds"],
+        "train_loss": evaluate(model, train_ids[: len(val_ids)], config),  # as much text as for val_loss
+        "val_loss": val_loss,
+        "perplexity": math.exp(min(val_loss, 700)),  # a float holds no more
+        "bits_per_char": val_loss * (len(val_ids) - 1) / n_chars / math.log(2),
+        "history": history,
+        "config": asdict(config),
+        "torch": torch.__version__,
+        "device": val_ids.device.type,
+        "threads": torch.get_num_threads(),
+    }
+    Path(config.out_dir, "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    fig, ax = plt.subplots()
+    for split in ("train_loss", "val_loss"):
+        ax.plot([point["step"] for point in history], [point[split] for point in history], ".-", label=split)
+    ax.set(xlabel="step", ylabel="loss (nats per token)")
+    ax.legend()
+    fig.savefig(Path(config.out_dir, "loss.png"))
+    plot_embeddings(model, tokenizer, train_ids, config)
+    for name in ("params", "seconds", "tokens_per_second", "val_loss", "perplexity", "bits_per_char"):
+        print(f"{name:>18} {metrics[name]:,.4f}".removesuffix(".0000"))
+    print(f"{'files in':>18} {config.out_dir}\n")
+
+
+# -------------------------------------------- sampling --------------------------------------------
+
+
+def sample_next(logits, config):
+    """Draw ids (B, 1) from logits (B, V) after temperature, top-k and top-p.
+
+    Top-k is by Fan et al. 2018, top-p or nucleus sampling by Holtzman et al. 2020.
+    """
+    logits, ids = logits.sort(dim=-1, descending=True)
+    probs = ((logits - logits[:, :1]) / config.temperature).softmax(dim=-1)  # (B, V), likeliest first
+    if config.top_k:
+        probs[:, config.top_k :] = 0
+    if config.top_p < 1:
+        probs = probs / probs.sum(dim=-1, keepdim=True)
+        likelier = probs.cumsum(dim=-1) - probs  # the probability of all that come before
+        probs[likelier >= config.top_p] = 0
+    return ids.gather(-1, torch.multinomial(probs, num_samples=1))  # from rank to id
+
+
+@torch.inference_mode()
+def generate(model, idx, config, greedy=False):
+    """Continue token ids `idx` (B, T) by config.max_new_tokens; return (B, T + max_new_tokens)."""
+    model.eval()
+    for _ in range(config.max_new_tokens):
+        context = config.context or config.block_size
+        logits = model(idx[:, -context:])[:, -1]  # (B, V), what follows the last position
+        if greedy:
+            next_id = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
+        else:
+            next_id = sample_next(logits, config)
+        idx = torch.cat([idx, next_id], dim=1)
+    return idx
+
+
+# ---------------------------------------------- main ----------------------------------------------
+
+
+def run(flags, sample_only=False, resume=False, greedy=False):
+    """Train unless `sample_only`, then sample; return the model and, if read, the validation ids."""
+    val_ids = None
+    if sample_only or resume:
+        checkpoint, config = load_checkpoint(flags)
+    else:
+        config = Config(**flags)
+        if config.tokenizer == "char":
+            vocab = "".join(sorted(set(load_text(config))))
+        else:
+            vocab = BPETokenizer.load(config.tokenizer).to_dict()
+        checkpoint = {"version": NAME, "vocab": vocab, "step": 0, "seconds": 0.0, "history": []}
+    vocab = checkpoint["vocab"]
+    tokenizer = CharTokenizer(vocab) if isinstance(vocab, str) else BPETokenizer.from_dict(vocab)
+    device = pick_device(config.device)
+    first = [0] if isinstance(vocab, str) else tokenizer.encode("\n")
+    prompt = torch.tensor([tokenizer.encode(config.prompt) or first], device=device)  # (1, T), never empty
+
+    torch.manual_seed(config.seed)
+    model = LanguageModel(config, len(tokenizer.vocab)).to(device)
+    if sample_only or resume:
+        load_weights(model, checkpoint, config)
+    if not sample_only:
+        train_ids, val_ids = load_splits(config, tokenizer, device)
+        Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+        train(model, train_ids, val_ids, config, checkpoint)
+        model.load_state_dict(checkpoint["model"])
+        report(model, tokenizer, train_ids, val_ids, config, checkpoint)
+
+    torch.manual_seed(config.seed)
+    sample = tokenizer.decode(generate(model, prompt, config, greedy)[0].tolist())
+    if not sample_only:
+        Path(config.out_dir, "sample.txt").write_text(sample, encoding="utf-8")
+    print(sample)
+    return model, val_ids
+
+
+def losses_at(model, ids, n, interpolate):
+    """Losses on `ids` (N,) in windows n times as long as in training: over all of it, its last quarter."""
+    old = model.config
+    T, rows = n * old.block_size, max(1, old.batch_size // n)
+    scale = old.position_scale * (n if interpolate else 1)
+    config = replace(old, block_size=T, batch_size=rows, position_scale=scale)
+    longer = LanguageModel(config, model.head.out_features).to(ids.device)
+    longer.load_state_dict(model.state_dict())
+    return [evaluate(longer, ids, config, skip=skip) for skip in (0, T - T // 4)]
+
+
+def compare_positions(flags, resume):
+    """Train every position scheme alike, then test each in windows of 1, 2, 4 and 8 times block_size.
+
+    Each run gets a folder of its own. Write positions.png and the table positions.txt; return the losses.
+    """
+    out_dir, losses = flags.get("out_dir", Config.out_dir), {}
+    for position in POSITIONS:
+        own = flags | {"position": position, "out_dir": f"{out_dir}/{position}"}
+        model, val_ids = run(own, resume=resume and Path(own["out_dir"], "checkpoint.pt").exists())
+        T = model.config.block_size
+        times = [n for n in (1, 2, 4, 8) if n == 1 or (position != "learned" and n * T < len(val_ids))]
+        losses[position] = {n * T: losses_at(model, val_ids, n, False) for n in times}
+        if position == "rope":
+            losses["rope, interpolated"] = {n * T: losses_at(model, val_ids, n, True) for n in times}
+
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for part, title in enumerate(("mean over the window", "mean over its last quarter")):
+        for name, row in losses.items():
+            axes[part].plot(row.keys(), [pair[part] for pair in row.values()], "o-", label=name)
+        axes[part].set(
+            title=title, xscale="log", xlabel="window (tokens)", ylabel="val loss (nats per token)"
+        )
+        axes[part].set_xticks(list(row), list(row))
+    axes[0].legend()
+    fig.savefig(Path(out_dir, "positions.png"))
+    lines = [
+        "val loss over the window / over its last quarter",
+        "".join(f"{T:>18}" for T in ["window", *row]),
+    ]
+    for name, row in losses.items():
+        lines.append(f"{name:>18}" + "".join(f"  {whole:.4f} / {last:.4f}" for whole, last in row.values()))
+    Path(out_dir, "positions.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+    return losses
+
+
+def main():
+    flags = parse_flags()
+    sample_only, resume, compare, greedy = (flags.pop(x) for x in ("sample", "resume", "compare", "greedy"))
+    if compare and (sample_only or "position" in flags):
+        sys.exit("error: --compare trains with every --position: leave out --sample and --position")
+    if compare:
+        compare_positions(flags, resume)
+    else:
+        run(flags, sample_only, resume, greedy)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # print even what the terminal has no character for
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
