@@ -167,9 +167,7 @@ class MultiHeadAttention(nn.Module):
         """(B, T, C) to (B, T, C)."""
         qkv = self.qkv(x).unflatten(2, (3, self.config.n_head, -1))  # (B, T, 3, n_head, head_size)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_size)
-        dropout = self.config.dropout if self.training else 0.0
-        # scale, mask, softmax and weighted sum in one kernel
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # scale, mask, softmax, weighted sum
         return self.proj(x.transpose(1, 2).flatten(2))
 
 

@@ -240,9 +240,7 @@ class MultiHeadAttention(nn.Module):
         if self.config.position == "rope":
             q, k = apply_rope(q, self.config), apply_rope(k, self.config)
         bias = alibi_bias(x.shape[1], self.config, x.device) if self.config.position == "alibi" else None
-        dropout = self.config.dropout if self.training else 0.0
-        # scale, mask, softmax and weighted sum in one kernel
-        x = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=dropout, is_causal=bias is None)
+        x = F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 

@@ -1,23 +1,33 @@
 """The experiments of week 5: python tools/week_5.py [experiment ...]"""
 
+import json
 import math
+import shutil
 import statistics
 import unicodedata
 from collections import Counter
+from contextlib import redirect_stdout
+from io import StringIO
 from itertools import islice, pairwise
 from unittest.mock import patch
 
 import matplotlib.pyplot as plt
 import regex
-from common import LOGS, ROOT, run_experiments, table
+import torch
+from common import LOGS, ROOT, run, run_experiments, table
 
 import bpe_tokenizer
+import v4_rope_alibi as v4
 from bpe_tokenizer import SPLIT, BPETokenizer, learn_merges
 
 TEXT = (ROOT / "input.txt").read_text(encoding="utf-8")
 TRAIN, VAL = TEXT[: int(0.9 * len(TEXT))], TEXT[int(0.9 * len(TEXT)) :]
 SPLITS = {"train": TRAIN, "val": VAL}
 SIZES = [256, 512, 1024, 2048, 4096, 8192]
+FOLDER = ROOT / "runs" / "experiments"
+
+# Longer runs of v4, in the order in which they were tried; what is not named is v4's default.
+RECIPES = []
 
 # ------------------------------------------ the tokenizer ------------------------------------------
 
@@ -231,6 +241,84 @@ def unicode_editions():
     }
 
 
+# -------------------------------------------- positions --------------------------------------------
+
+
+def turned_by_hand():
+    """RoPE of two pairs of numbers, q at place 5 and k at 3, then both 100 places later; ALiBi of 4 heads."""
+    config = v4.Config(n_embd=4, n_head=1)
+    q, k = torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.tensor([0.0, 1.0, 1.0, 0.0])
+    results = {"angles": v4.position_angles(6, 4, config, "cpu")[[3, 5]].tolist(), "unturned": (q @ k).item()}
+    turned = {name: v4.apply_rope(x.expand(1, 1, 110, 4), config)[0, 0] for name, x in (("q", q), ("k", k))}
+    results |= {"q5": turned["q"][5].tolist(), "k3": turned["k"][3].tolist()}
+    results["scores"] = {
+        f"{i} {j}": (turned["q"][i] @ turned["k"][j]).item() for i, j in ((5, 3), (105, 103), (5, 4), (5, 5))
+    }
+    bias = v4.alibi_bias(4, v4.Config(n_head=4), "cpu")[:, 3]
+    results["alibi"] = {"bias": bias.tolist(), "weights": bias.softmax(-1).tolist()}
+    return results
+
+
+def compare():
+    """`python v4_rope_alibi.py --compare`: the losses by window, those of training, and the picture."""
+    out = FOLDER / "compare"
+    with redirect_stdout(StringIO()):
+        losses = v4.compare_positions({"data": str(ROOT / "input.txt"), "out_dir": str(out)}, resume=False)
+    shutil.copy(out / "positions.png", LOGS / "week_5_positions.png")
+    results = {"losses": losses, "runs": {}}
+    for position in v4.POSITIONS:
+        metrics = json.loads((out / position / "metrics.json").read_text(encoding="utf-8"))
+        results["runs"][position] = {
+            key: metrics[key] for key in ("params", "val_loss", "seconds", "history")
+        }
+    return results
+
+
+def norms():
+    """LayerNorm and RMSNorm, 600 steps: val loss and seconds."""
+    runs = {norm: run("v4_rope_alibi", f"norm_{norm}", norm=norm, max_steps=600) for norm in v4.NORMS}
+    return {norm: {key: m[key] for key in ("params", "val_loss", "seconds")} for norm, m in runs.items()}
+
+
+def vocabularies():
+    """Characters and BPE vocabularies, trained for as many multiplications, in bits per character.
+
+    A token costs about 6 floating-point operations for each weight of a matrix, the token embedding apart.
+    """
+    results, all_tokenizers = {}, tokenizers()
+    defaults = v4.Config()
+    inner = 12 * defaults.n_layer * defaults.n_embd**2
+    for size in (65, 512, 1024, 2048):
+        flags, cost = {}, inner + size * defaults.n_embd
+        if size > 65:
+            path = FOLDER / f"bpe_{size}.json"
+            all_tokenizers[size].save(path)
+            flags = {"tokenizer": path}
+        steps = round(defaults.max_steps * (inner + 65 * defaults.n_embd) / cost)
+        m = run("v4_rope_alibi", f"vocabulary_{size}", max_steps=steps, **flags)
+        keys = ("params", "steps", "tokens", "seconds", "train_loss", "val_loss", "bits_per_char", "history")
+        results[str(size)] = {key: m[key] for key in keys}
+        results[str(size)]["sample"] = (FOLDER / f"vocabulary_{size}/sample.txt").read_text("utf-8")[:300]
+        if size in (65, 1024):
+            shutil.copy(FOLDER / f"vocabulary_{size}/embeddings.png", LOGS / f"week_5_embeddings_{size}.png")
+    return results
+
+
+def recipes():
+    """The longer runs of RECIPES, hours in all: what is done already in runs/experiments is not repeated."""
+    results = []
+    for number, flags in enumerate(RECIPES):
+        done = FOLDER / f"recipe_{number}/metrics.json"
+        m = (
+            json.loads(done.read_text("utf-8"))
+            if done.exists()
+            else run("v4_rope_alibi", f"recipe_{number}", **flags)
+        )
+        keys = ("params", "steps", "tokens", "seconds", "threads", "train_loss", "val_loss", "config")
+        results.append({key: m[key] for key in keys})
+    return results
+
+
 # --------------------------------------------- the log ---------------------------------------------
 
 
@@ -280,7 +368,66 @@ def tables(results):
         [name, *(f"{time['least']:.2f} ({time['median']:.2f})" if time else "-" for time in row)]
         for name, row in zip(peers, times, strict=True)
     ]
+    alike = week["compare"]["runs"]
+    scheme_rows = [
+        [k, f"{m['params']:,}", f"{m['val_loss']:.4f}", f"{m['seconds']:.0f}"]
+        for k, m in sorted(alike.items(), key=lambda item: item[1]["val_loss"])
+    ]
+    losses = week["compare"]["losses"]
+    windows = sorted(losses["none"], key=int)
+    parts = {
+        part: [
+            [k, *(f"{losses[k][T][part]:.4f}" if T in losses[k] else "-" for T in windows)]
+            for k in ("learned", "sinusoidal", "rope", "rope, interpolated", "alibi", "none")
+        ]
+        for part in (0, 1)
+    }
+
+    vocabulary_rows = []
+    for size, m in sorted(week["vocabularies"].items(), key=lambda item: int(item[0])):
+        characters = m["tokens"] * m["val_loss"] / math.log(2) / m["bits_per_char"]
+        name = "characters (65)" if size == "65" else f"BPE, {int(size):,}"
+        numbers = [f"{m['params']:,}", f"{m['steps']:,}", f"{characters / 1e6:.1f} M", f"{m['seconds']:.0f}"]
+        vocabulary_rows.append([name, *numbers, f"{m['val_loss']:.4f}", f"{m['bits_per_char']:.4f}"])
+
+    recipe_rows = []
+    for m in sorted(week["recipes"], key=lambda m: m["val_loss"], reverse=True):
+        c = m["config"]
+        shape = f"{c['n_layer']} x {c['n_embd']}, {c['n_head']} heads"
+        batch = f"{c['batch_size']} x {c['block_size']}"
+        settings = [c["dropout"], c["weight_decay"], c["learning_rate"], f"{m['steps']:,}"]
+        recipe_rows.append(
+            [shape, f"{m['params']:,}", batch, *settings, f"{m['train_loss']:.4f}", f"{m['val_loss']:.4f}"]
+        )
     return {
+        "schemes": table(["position", "parameters", "val loss", "seconds"], scheme_rows),
+        "window": table(["window, mean over all of it", *windows], parts[0]),
+        "quarter": table(["window, mean over its last quarter", *windows], parts[1]),
+        "vocabularies": table(
+            ["vocabulary", "parameters", "steps", "characters read", "seconds", "nats/token", "bits/char"],
+            vocabulary_rows,
+        ),
+        "recipes": table(
+            [
+                "blocks x width",
+                "parameters",
+                "batch x block",
+                "dropout",
+                "decay",
+                "rate",
+                "steps",
+                "train",
+                "val",
+            ],
+            recipe_rows,
+        ),
+        "norms": table(
+            ["norm", "parameters", "val loss", "seconds"],
+            [
+                [k, f"{m['params']:,}", f"{m['val_loss']:.4f}", f"{m['seconds']:.0f}"]
+                for k, m in week["norms"].items()
+            ],
+        ),
         "by_hand": table(["merge", "count", "pairs with this count", "ids", "text"], hand),
         "first_merges": table(["merges", *[""] * 5], merges),
         "examples": f"```\n{shown}\n```",
@@ -306,6 +453,11 @@ EXPERIMENTS = {
     "fewest_pieces": fewest_pieces,
     "without_split": without_split,
     "unicode_editions": unicode_editions,
+    "turned_by_hand": turned_by_hand,
+    "compare": compare,
+    "norms": norms,
+    "vocabularies": vocabularies,
+    "recipes": recipes,
 }
 
 if __name__ == "__main__":
