@@ -52,6 +52,7 @@ class Config:
     max_steps: int = 800  # optimizer steps
     learning_rate: float = 0.005  # peak step size of AdamW
     warmup_steps: int = 50  # steps in which the step size rises to its peak
+    lr_floor: float = 0.1  # share of the peak step size that is left in the last step
     grad_clip: float = 1.0  # a gradient with a larger Euclidean norm is scaled down to it
     eval_interval: int = 100  # steps between two estimates of the loss, with a checkpoint each
     eval_tokens: int = 20_000  # tokens of each split in such an estimate
@@ -59,7 +60,7 @@ class Config:
     max_new_tokens: int = 500  # tokens to sample
 
     def __post_init__(self):
-        may_be_zero = ("seed", "warmup_steps")
+        may_be_zero = ("seed", "warmup_steps", "lr_floor")
         for name, value in vars(self).items():
             limit = 2**31 if isinstance(value, int) else math.inf
             if not isinstance(value, str) and not (0 < value < limit or (value == 0 and name in may_be_zero)):
@@ -234,11 +235,12 @@ def make_optimizer(model, config):
 
 
 def learning_rate_at(step, config):
-    """Linear warm-up to config.learning_rate, then half a cosine down to a tenth of it at the last step."""
+    """Linear warm-up to config.learning_rate, then half a cosine down to lr_floor of it at the last step."""
     if step < config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return config.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
+    floor = config.lr_floor
+    return config.learning_rate * ((1 + floor) / 2 + (1 - floor) / 2 * math.cos(math.pi * progress))
 
 
 def train(model, train_ids, val_ids, config, checkpoint):

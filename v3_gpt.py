@@ -50,10 +50,12 @@ class Config:
     n_embd: int = 128  # numbers in an embedding (C)
     n_head: int = 4  # attention heads, each n_embd / n_head wide
     n_layer: int = 4  # transformer blocks
+    init_std: float = 0.02  # standard deviation of the matrices before training
     dropout: float = 0.0  # share of activations set to zero in training
     max_steps: int = 2500  # optimizer steps
     learning_rate: float = 0.006  # peak step size of AdamW
     warmup_steps: int = 100  # steps in which the step size rises to its peak
+    lr_floor: float = 0.1  # share of the peak step size that is left in the last step
     weight_decay: float = 0.1  # pull of the matrices towards zero
     grad_clip: float = 1.0  # a gradient with a larger Euclidean norm is scaled down to it
     eval_interval: int = 200  # steps between two estimates of the loss, with a checkpoint each
@@ -65,7 +67,7 @@ class Config:
     max_new_tokens: int = 500  # tokens to sample
 
     def __post_init__(self):
-        may_be_zero = ("seed", "warmup_steps", "dropout", "weight_decay", "top_k")
+        may_be_zero = ("seed", "warmup_steps", "lr_floor", "dropout", "weight_decay", "top_k")
         for name, value in vars(self).items():
             limit = 2**31 if isinstance(value, int) else math.inf
             if not isinstance(value, str) and not (0 < value < limit or (value == 0 and name in may_be_zero)):
@@ -206,12 +208,12 @@ class LanguageModel(nn.Module):
         self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
+                nn.init.normal_(parameter, std=config.init_std)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
         for block in self.blocks:  # 2 * n_layer of these add up: smaller terms keep the size of the sum
             for last in (block.attention.proj, block.mlp[2]):
-                nn.init.normal_(last.weight, std=0.02 / math.sqrt(2 * config.n_layer))
+                nn.init.normal_(last.weight, std=config.init_std / math.sqrt(2 * config.n_layer))
 
     def forward(self, idx):
         """Token ids (B, T) to next-token logits (B, T, V)."""
@@ -289,11 +291,12 @@ def make_optimizer(model, config):
 
 
 def learning_rate_at(step, config):
-    """Linear warm-up to config.learning_rate, then half a cosine down to a tenth of it at the last step."""
+    """Linear warm-up to config.learning_rate, then half a cosine down to lr_floor of it at the last step."""
     if step < config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return config.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
+    floor = config.lr_floor
+    return config.learning_rate * ((1 + floor) / 2 + (1 - floor) / 2 * math.cos(math.pi * progress))
 
 
 def train(model, train_ids, val_ids, config, checkpoint):

@@ -51,19 +51,21 @@ class Config:
     out_dir: str = f"runs/{NAME}"  # folder for the checkpoint, metrics, pictures and sample
     device: str = "auto"  # auto, cuda, mps or cpu
     seed: int = 1337  # same seed on the same machine: same numbers
-    block_size: int = 64  # tokens in one training example (T), and the most that attention can see
-    batch_size: int = 32  # training examples in one step (B)
+    block_size: int = 128  # tokens in one training example (T), and the most that attention can see
+    batch_size: int = 16  # training examples in one step (B)
     n_embd: int = 128  # numbers in an embedding (C)
-    n_head: int = 4  # attention heads, each n_embd / n_head wide
+    n_head: int = 8  # attention heads, each n_embd / n_head wide
     n_layer: int = 4  # transformer blocks
+    init_std: float = 0.06  # standard deviation of the matrices before training
     norm: str = "layernorm"  # layernorm or rmsnorm
     position: str = "rope"  # learned, sinusoidal, rope, alibi or none
     position_base: float = 10_000.0  # sinusoidal, rope: the larger, the slower the slow angles grow
     position_scale: float = 1.0  # sinusoidal, rope, alibi: positions are divided by this
     dropout: float = 0.0  # share of activations set to zero in training
     max_steps: int = 2500  # optimizer steps
-    learning_rate: float = 0.006  # peak step size of AdamW
+    learning_rate: float = 0.008  # peak step size of AdamW
     warmup_steps: int = 100  # steps in which the step size rises to its peak
+    lr_floor: float = 0.0  # share of the peak step size that is left in the last step
     weight_decay: float = 0.1  # pull of the matrices towards zero
     grad_clip: float = 1.0  # a gradient with a larger Euclidean norm is scaled down to it
     eval_interval: int = 200  # steps between two estimates of the loss, with a checkpoint each
@@ -76,7 +78,7 @@ class Config:
     context: int = 0  # tokens that a sample can look back on; 0: block_size
 
     def __post_init__(self):
-        may_be_zero = ("seed", "warmup_steps", "dropout", "weight_decay", "top_k", "context")
+        may_be_zero = ("seed", "warmup_steps", "lr_floor", "dropout", "weight_decay", "top_k", "context")
         for name, value in vars(self).items():
             limit = 2**31 if isinstance(value, int) else math.inf
             if not isinstance(value, str) and not (0 < value < limit or (value == 0 and name in may_be_zero)):
@@ -281,12 +283,12 @@ class LanguageModel(nn.Module):
         self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
+                nn.init.normal_(parameter, std=config.init_std)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
         for block in self.blocks:  # 2 * n_layer of these add up: smaller terms keep the size of the sum
             for last in (block.attention.proj, block.mlp[2]):
-                nn.init.normal_(last.weight, std=0.02 / math.sqrt(2 * config.n_layer))
+                nn.init.normal_(last.weight, std=config.init_std / math.sqrt(2 * config.n_layer))
 
     def forward(self, idx):
         """Token ids (B, T) to next-token logits (B, T, V)."""
@@ -371,11 +373,12 @@ def make_optimizer(model, config):
 
 
 def learning_rate_at(step, config):
-    """Linear warm-up to config.learning_rate, then half a cosine down to a tenth of it at the last step."""
+    """Linear warm-up to config.learning_rate, then half a cosine down to lr_floor of it at the last step."""
     if step < config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return config.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
+    floor = config.lr_floor
+    return config.learning_rate * ((1 + floor) / 2 + (1 - floor) / 2 * math.cos(math.pi * progress))
 
 
 def train(model, train_ids, val_ids, config, checkpoint):

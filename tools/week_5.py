@@ -245,18 +245,17 @@ def unicode_editions():
 
 
 def turned_by_hand():
-    """RoPE of two pairs of numbers, q at place 5 and k at 3, then both 100 places later; ALiBi of 4 heads."""
-    config = v4.Config(n_embd=4, n_head=1)
-    q, k = torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.tensor([0.0, 1.0, 1.0, 0.0])
-    results = {"angles": v4.position_angles(6, 4, config, "cpu")[[3, 5]].tolist(), "unturned": (q @ k).item()}
-    turned = {name: v4.apply_rope(x.expand(1, 1, 110, 4), config)[0, 0] for name, x in (("q", q), ("k", k))}
-    results |= {"q5": turned["q"][5].tolist(), "k3": turned["k"][3].tolist()}
-    results["scores"] = {
-        f"{i} {j}": (turned["q"][i] @ turned["k"][j]).item() for i, j in ((5, 3), (105, 103), (5, 4), (5, 5))
-    }
+    """RoPE of one pair of numbers, q = (1, 0) and k = (0, 1) at some places; ALiBi of 4 heads, 4 tokens."""
+    config = v4.Config(n_embd=2, n_head=1)
+    q, k = (v4.apply_rope(torch.eye(2)[i].expand(1, 1, 110, 2), config)[0, 0] for i in (0, 1))
+    places = ((5, 3), (105, 103), (5, 4))
     bias = v4.alibi_bias(4, v4.Config(n_head=4), "cpu")[:, 3]
-    results["alibi"] = {"bias": bias.tolist(), "weights": bias.softmax(-1).tolist()}
-    return results
+    return {
+        "q5": q[5].tolist(),
+        "k3": k[3].tolist(),
+        "scores": {f"{i} {j}": (q[i] @ k[j]).item() for i, j in places},
+        "alibi": {"bias": bias.tolist(), "weights": bias.softmax(-1).tolist()},
+    }
 
 
 def compare():
