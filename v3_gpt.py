@@ -56,6 +56,7 @@ class Config:
     learning_rate: float = 0.006  # peak step size of AdamW
     warmup_steps: int = 100  # steps in which the step size rises to its peak
     lr_floor: float = 0.1  # share of the peak step size that is left in the last step
+    beta2: float = 0.95  # share of AdamW's mean of squared gradients that a step keeps
     weight_decay: float = 0.1  # pull of the matrices towards zero
     grad_clip: float = 1.0  # a gradient with a larger Euclidean norm is scaled down to it
     eval_interval: int = 200  # steps between two estimates of the loss, with a checkpoint each
@@ -72,8 +73,8 @@ class Config:
             limit = 2**31 if isinstance(value, int) else math.inf
             if not isinstance(value, str) and not (0 < value < limit or (value == 0 and name in may_be_zero)):
                 sys.exit(f"error: --{name} {value} is impossible, it must be a positive number")
-        if self.dropout >= 1 or self.top_p > 1:
-            sys.exit("error: --dropout must be below 1 and --top_p at most 1")
+        if self.dropout >= 1 or self.beta2 >= 1 or self.top_p > 1:
+            sys.exit("error: --dropout and --beta2 must be below 1 and --top_p at most 1")
         if self.n_embd % self.n_head:
             sys.exit(f"error: --n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}")
 
@@ -286,8 +287,8 @@ def make_optimizer(model, config):
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    lr, weight_decay = config.learning_rate, config.weight_decay
-    return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.95), fused=True)
+    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "betas": (0.9, config.beta2)}
+    return torch.optim.AdamW(groups, **options, fused=True)
 
 
 def learning_rate_at(step, config):
