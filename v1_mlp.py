@@ -128,8 +128,9 @@ def load_splits(config, tokenizer, device):
     cut = int(0.9 * len(text))
     train_ids = torch.tensor(tokenizer.encode(text[:cut]), device=device)
     val_ids = torch.tensor(tokenizer.encode(text[cut:]), device=device)
-    if len(val_ids) <= config.block_size:
-        sys.exit(f"error: {config.data} is too short: its last 10%, {len(val_ids)} tokens, hold no window")
+    if min(len(train_ids), len(val_ids)) <= config.block_size:
+        lengths = f"{len(train_ids)} tokens to train on and {len(val_ids)} for validation"
+        sys.exit(f"error: {config.data} is too short: {lengths}, one window needs {config.block_size + 1}")
     return train_ids, val_ids
 
 
@@ -138,7 +139,7 @@ def get_batch(ids, config):
     starts = torch.randint(len(ids) - config.block_size, (config.batch_size, 1), device=ids.device)
     batch = ids[starts + torch.arange(config.block_size + 1, device=ids.device)]  # (B, T + 1)
     # Teacher forcing: each position sees the true text so far, never the model's own guesses, and is asked
-    # for the character that follows. So targets are inputs shifted by one: inputs "To b", targets "o be".
+    # for the token that follows. So targets are inputs shifted by one: inputs "To b", targets "o be".
     return batch[:, :-1], batch[:, 1:]
 
 
@@ -217,9 +218,9 @@ def load_checkpoint(flags):
 
 def load_weights(model, checkpoint, config):
     """Copy the saved weights into `model`; exits if `config` is not the one they were trained with."""
+    kept = ("data", "tokenizer", "window", "norm", "position", "block_size", "batch_size", "eval_tokens")
     for name, saved in checkpoint["config"].items():
-        fixed = name.startswith("n_") or name in ("data", "window", "block_size", "batch_size", "eval_tokens")
-        if fixed and getattr(config, name) != saved:
+        if (name in kept or name.startswith("n_")) and getattr(config, name) != saved:
             sys.exit(f"error: the saved model has --{name} {saved}; leave out that flag or train anew")
     if config.max_steps < checkpoint["step"]:
         sys.exit(f"error: --max_steps {config.max_steps} is less than the {checkpoint['step']} steps taken")

@@ -140,8 +140,9 @@ def load_splits(config, tokenizer, device):
     cut = int(0.9 * len(text))
     train_ids = torch.tensor(tokenizer.encode(text[:cut]), device=device)
     val_ids = torch.tensor(tokenizer.encode(text[cut:]), device=device)
-    if len(val_ids) <= config.block_size:
-        sys.exit(f"error: {config.data} is too short: its last 10%, {len(val_ids)} tokens, hold no window")
+    if min(len(train_ids), len(val_ids)) <= config.block_size:
+        lengths = f"{len(train_ids)} tokens to train on and {len(val_ids)} for validation"
+        sys.exit(f"error: {config.data} is too short: {lengths}, one window needs {config.block_size + 1}")
     return train_ids, val_ids
 
 
@@ -150,7 +151,7 @@ def get_batch(ids, config):
     starts = torch.randint(len(ids) - config.block_size, (config.batch_size, 1), device=ids.device)
     batch = ids[starts + torch.arange(config.block_size + 1, device=ids.device)]  # (B, T + 1)
     # Teacher forcing: each position sees the true text so far, never the model's own guesses, and is asked
-    # for the character that follows. So targets are inputs shifted by one: inputs "To b", targets "o be".
+    # for the token that follows. So targets are inputs shifted by one: inputs "To b", targets "o be".
     return batch[:, :-1], batch[:, 1:]
 
 
@@ -218,9 +219,9 @@ class LanguageModel(nn.Module):
 
     def forward(self, idx):
         """Token ids (B, T) to next-token logits (B, T, V)."""
-        positions = torch.arange(idx.shape[1], device=idx.device)
-        x = self.dropout(self.token_embedding(idx) + self.position_embedding(positions))  # (B, T, C)
-        return self.head(self.norm(self.blocks(x)))
+        x = self.token_embedding(idx)  # (B, T, C)
+        x = x + self.position_embedding(torch.arange(idx.shape[1], device=idx.device))
+        return self.head(self.norm(self.blocks(self.dropout(x))))
 
 
 # -------------------------------------------- training --------------------------------------------
@@ -270,9 +271,9 @@ def load_checkpoint(flags):
 
 def load_weights(model, checkpoint, config):
     """Copy the saved weights into `model`; exits if `config` is not the one they were trained with."""
+    kept = ("data", "tokenizer", "window", "norm", "position", "block_size", "batch_size", "eval_tokens")
     for name, saved in checkpoint["config"].items():
-        fixed = name.startswith("n_") or name in ("data", "window", "block_size", "batch_size", "eval_tokens")
-        if fixed and getattr(config, name) != saved:
+        if (name in kept or name.startswith("n_")) and getattr(config, name) != saved:
             sys.exit(f"error: the saved model has --{name} {saved}; leave out that flag or train anew")
     if config.max_steps < checkpoint["step"]:
         sys.exit(f"error: --max_steps {config.max_steps} is less than the {checkpoint['step']} steps taken")
@@ -283,7 +284,7 @@ def load_weights(model, checkpoint, config):
 
 
 def make_optimizer(model, config):
-    """AdamW (Loshchilov and Hutter 2019) that decays matrices, not biases and LayerNorms; fused as before."""
+    """AdamW (Loshchilov and Hutter 2019) that decays matrices, not biases and norms; fused as before."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]

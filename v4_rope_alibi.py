@@ -1,8 +1,9 @@
 """v4, week 5: positions (Su et al. 2021, Press et al. 2021). Where am I, and how far back is that?
 
-Attention alone does not know the order of what it reads. A position can be a vector that is added to the
+Attention sees a set; only the causal mask hints at an order. A position can be a vector that is added to the
 token, learned as before or made of sines. It can also go into the scores: RoPE turns queries and keys, ALiBi
-charges for distance: both see distances only, so no window is too long. A token may be a piece of a word now.
+charges for distance. Neither has a last position; whether longer windows work is what --compare measures. A
+token may now be a piece of a word. The defaults are a better recipe too: --position learned shows its share.
 
 Since v3_gpt.py
   added:    NORMS, POSITIONS, RMSNorm, alibi_bias, apply_rope, compare_positions, kind_of, losses_at,
@@ -51,22 +52,22 @@ class Config:
     out_dir: str = f"runs/{NAME}"  # folder for the checkpoint, metrics, pictures and sample
     device: str = "auto"  # auto, cuda, mps or cpu
     seed: int = 1337  # same seed on the same machine: same numbers
-    block_size: int = 128  # tokens in one training example (T), and the most that attention can see
+    block_size: int = 128  # tokens in one training example (T)
     batch_size: int = 16  # training examples in one step (B)
     n_embd: int = 128  # numbers in an embedding (C)
     n_head: int = 8  # attention heads, each n_embd / n_head wide
     n_layer: int = 4  # transformer blocks
-    init_std: float = 0.06  # standard deviation of the matrices before training
+    init_std: float = 0.1  # standard deviation of the matrices before training
     norm: str = "layernorm"  # layernorm or rmsnorm
     position: str = "rope"  # learned, sinusoidal, rope, alibi or none
-    position_base: float = 10_000.0  # sinusoidal, rope: the larger, the slower the slow angles grow
-    position_scale: float = 1.0  # sinusoidal, rope, alibi: positions are divided by this
+    position_base: float = 10_000.0  # sinusoidal, rope: the slowest angle grows by about 1 / this a token
+    position_scale: float = 1.0  # sinusoidal, rope: positions are divided by this
     dropout: float = 0.0  # share of activations set to zero in training
-    max_steps: int = 2500  # optimizer steps
-    learning_rate: float = 0.008  # peak step size of AdamW
+    max_steps: int = 2200  # optimizer steps
+    learning_rate: float = 0.004  # peak step size of AdamW
     warmup_steps: int = 100  # steps in which the step size rises to its peak
     lr_floor: float = 0.0  # share of the peak step size that is left in the last step
-    beta2: float = 0.98  # share of AdamW's mean of squared gradients that a step keeps
+    beta2: float = 0.99  # share of AdamW's mean of squared gradients that a step keeps
     weight_decay: float = 0.1  # pull of the matrices towards zero
     grad_clip: float = 1.0  # a gradient with a larger Euclidean norm is scaled down to it
     eval_interval: int = 200  # steps between two estimates of the loss, with a checkpoint each
@@ -74,7 +75,7 @@ class Config:
     temperature: float = 1.0  # below 1: safer samples, above 1: bolder ones
     top_k: int = 0  # sample among the k likeliest tokens; 0: among all
     top_p: float = 1.0  # sample among the likeliest that together reach this probability
-    prompt: str = ""  # text to continue; empty: start from the first token of the vocabulary
+    prompt: str = ""  # text to continue; empty: start from the first character, with BPE from a new line
     max_new_tokens: int = 500  # tokens to sample
     context: int = 0  # tokens that a sample can look back on; 0: block_size
 
@@ -90,8 +91,8 @@ class Config:
             sys.exit(f"error: --n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}")
         if self.position not in POSITIONS or self.norm not in NORMS:
             sys.exit(f"error: --position is one of {', '.join(POSITIONS)}, --norm one of {', '.join(NORMS)}")
-        if self.position in ("sinusoidal", "rope") and self.n_embd // self.n_head % 2:
-            sys.exit(f"error: --position {self.position} pairs numbers up: --n_embd / --n_head must be even")
+        if self.position == "rope" and self.n_embd // self.n_head % 2:
+            sys.exit(f"error: --n_embd {self.n_embd} must give every head an even number, RoPE turns pairs")
         if self.position == "learned" and self.context > self.block_size:
             sys.exit("error: --position learned has no vectors beyond --block_size: lower --context")
 
@@ -158,8 +159,9 @@ def load_splits(config, tokenizer, device):
     cut = int(0.9 * len(text))
     train_ids = torch.tensor(tokenizer.encode(text[:cut]), device=device)
     val_ids = torch.tensor(tokenizer.encode(text[cut:]), device=device)
-    if len(val_ids) <= config.block_size:
-        sys.exit(f"error: {config.data} is too short: its last 10%, {len(val_ids)} tokens, hold no window")
+    if min(len(train_ids), len(val_ids)) <= config.block_size:
+        lengths = f"{len(train_ids)} tokens to train on and {len(val_ids)} for validation"
+        sys.exit(f"error: {config.data} is too short: {lengths}, one window needs {config.block_size + 1}")
     return train_ids, val_ids
 
 
@@ -168,7 +170,7 @@ def get_batch(ids, config):
     starts = torch.randint(len(ids) - config.block_size, (config.batch_size, 1), device=ids.device)
     batch = ids[starts + torch.arange(config.block_size + 1, device=ids.device)]  # (B, T + 1)
     # Teacher forcing: each position sees the true text so far, never the model's own guesses, and is asked
-    # for the character that follows. So targets are inputs shifted by one: inputs "To b", targets "o be".
+    # for the token that follows. So targets are inputs shifted by one: inputs "To b", targets "o be".
     return batch[:, :-1], batch[:, 1:]
 
 
@@ -183,48 +185,49 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(n_embd))
 
     def forward(self, x):
-        """(B, T, C) to (B, T, C): x / sqrt(mean of x^2) * weight."""
+        """(B, T, C) to (B, T, C): x / sqrt(mean of x^2 + 0.00001) * weight."""
         return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-5) * self.weight
 
 
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": RMSNorm}
 
 
-def position_angles(T, width, config, device):
-    """Angles (T, width / 2) in radians: position t times base^(-2i / width), from fast to slow."""
-    positions = torch.arange(T, device=device) / config.position_scale  # interpolation: Chen et al. 2023
-    i = torch.arange(0, width, 2, device=device)
-    return torch.outer(positions, 1 / config.position_base ** (i / width))
+def position_angles(x, config):
+    """Angles (T, D / 2) in radians for x (..., T, D): number i at position t is t * base^(-2i / D)."""
+    T, D = x.shape[-2:]
+    positions = torch.arange(T, device=x.device) / config.position_scale  # interpolation: Chen et al. 2023
+    exponents = torch.arange(0, D, 2, device=x.device) / D  # 2i / D
+    return torch.outer(positions, 1 / config.position_base**exponents)
 
 
-def sinusoidal_embedding(T, C, config, device):
-    """Vectors (T, C) of Vaswani et al. 2017: column 2i is the sine of angle i, column 2i + 1 its cosine."""
-    angles = position_angles(T, C, config, device)
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+def sinusoidal_embedding(x, config):
+    """Vectors (T, C) of Vaswani et al. 2017, x is (B, T, C): angle i's sine in column 2i, then its cosine."""
+    angles = position_angles(x, config)
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, : x.shape[-1]]
 
 
 def apply_rope(x, config):
-    """RoPE (Su et al. 2021) as in LLaMA: turn each pair (x_i, x_{i + D/2}) of (B, n_head, T, D) by angle i.
+    """RoPE (Su et al. 2021): turn each pair (x_i, x_{i + D/2}) of x (B, n_head, T, D) by angle i.
 
-    Then the dot product of a query and a key depends on their places only by the distance between them.
+    Then the dot product of a query and a key depends on their positions only by the distance. The pairs are
+    those of GPT-NeoX and of LLaMA in transformers; the paper pairs neighbours.
     """
-    angles = position_angles(x.shape[-2], x.shape[-1], config, x.device).repeat(1, 2)  # (T, D)
+    angles = position_angles(x, config).repeat(1, 2)  # (T, D)
     a, b = x.chunk(2, dim=-1)
     return x * angles.cos() + torch.cat([-b, a], dim=-1) * angles.sin()
 
 
 def alibi_bias(T, config, device):
-    """ALiBi (Press et al. 2021): -slope * distance for each score (n_head, T, T), -inf where it is to come.
+    """ALiBi (Press et al. 2021): (1, n_head, T, T), what is added to the scores; -inf for the future.
 
-    The slopes are 2^(-8i / n) for i = 1 ... n = n_head. If that is no power of two, they are those of the
-    power of two below, then the first, third ... of the power of two above.
+    Head i of n = n_head subtracts 2^(-8i / n) times the distance. If n is no power of two, the slopes are
+    those of the power of two below, then the first, third ... of the power of two above.
     """
     n = 2 ** int(math.log2(config.n_head))
     slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)] + [2 ** (-4 * i / n) for i in range(1, 2 * n, 2)]
-    slopes = torch.tensor(slopes[: config.n_head], device=device)
-    positions = torch.arange(T, device=device) / config.position_scale
-    distance = positions[:, None] - positions  # (T, T)
-    return (-slopes[:, None, None] * distance).masked_fill(distance < 0, -math.inf)
+    slopes = torch.tensor(slopes[: config.n_head], device=device).view(1, -1, 1, 1)
+    distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)  # (T, T)
+    return (-slopes * distance).masked_fill(distance < 0, -math.inf)
 
 
 class MultiHeadAttention(nn.Module):
@@ -294,11 +297,10 @@ class LanguageModel(nn.Module):
     def forward(self, idx):
         """Token ids (B, T) to next-token logits (B, T, V)."""
         x = self.token_embedding(idx)  # (B, T, C)
-        T, C = x.shape[1:]
         if self.config.position == "learned":
-            x = x + self.position_embedding(torch.arange(T, device=idx.device))
+            x = x + self.position_embedding(torch.arange(idx.shape[1], device=idx.device))
         if self.config.position == "sinusoidal":
-            x = x * math.sqrt(C) + sinusoidal_embedding(T, C, self.config, idx.device)
+            x = x * math.sqrt(self.config.n_embd) + sinusoidal_embedding(x, self.config)
         return self.head(self.norm(self.blocks(self.dropout(x))))
 
 
@@ -351,10 +353,9 @@ def load_checkpoint(flags):
 
 def load_weights(model, checkpoint, config):
     """Copy the saved weights into `model`; exits if `config` is not the one they were trained with."""
+    kept = ("data", "tokenizer", "window", "norm", "position", "block_size", "batch_size", "eval_tokens")
     for name, saved in checkpoint["config"].items():
-        fixed = name in ("data", "tokenizer", "position", "norm", "block_size", "batch_size", "eval_tokens")
-        fixed = fixed or name.startswith("n_")
-        if fixed and getattr(config, name) != saved:
+        if (name in kept or name.startswith("n_")) and getattr(config, name) != saved:
             sys.exit(f"error: the saved model has --{name} {saved}; leave out that flag or train anew")
     if config.max_steps < checkpoint["step"]:
         sys.exit(f"error: --max_steps {config.max_steps} is less than the {checkpoint['step']} steps taken")
@@ -365,7 +366,7 @@ def load_weights(model, checkpoint, config):
 
 
 def make_optimizer(model, config):
-    """AdamW (Loshchilov and Hutter 2019) that decays matrices, not biases and LayerNorms; fused as before."""
+    """AdamW (Loshchilov and Hutter 2019) that decays matrices, not biases and norms; fused as before."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -446,14 +447,12 @@ def kind_of(token):
 
 def plot_embeddings(model, tokenizer, ids, config):
     """Write embeddings.png: the 100 most frequent tokens of `ids` (N,) in two principal components."""
-    counts = ids.bincount()
-    frequent = counts.topk(min(100, (counts > 0).sum())).indices
-    tokens = [tokenizer.decode([i]) for i in frequent.tolist()]
-    vectors = model.token_embedding.weight.detach()[frequent].cpu()  # (100, C)
-    vectors -= vectors.mean(dim=0)
-    _, sizes, axes = torch.linalg.svd(vectors, full_matrices=False)
-    share = 100 * sizes.square() / sizes.square().sum()  # percent of the variance along each axis
-    points = (vectors @ axes[:2].T).numpy()
+    ids, counts = ids.cpu().unique(return_counts=True)
+    ids = ids[counts.argsort(descending=True)[:100]]
+    tokens = [tokenizer.decode([i]) for i in ids.tolist()]
+    vectors = model.token_embedding.weight.detach().cpu()[ids]  # (100, C)
+    _, _, axes = torch.linalg.svd(F.pad(vectors - vectors.mean(dim=0), (0, 1)))  # C + 1: at least two axes
+    points = (F.pad(vectors, (0, 1)) @ axes[:2].T).numpy()
     fig, ax = plt.subplots(figsize=(8, 6), layout="constrained")
     for color, kind in enumerate(("vowel", "consonant", "capital", "digit", "punctuation, space")):
         members = [i for i, token in enumerate(tokens) if kind_of(token) == kind]
@@ -461,8 +460,7 @@ def plot_embeddings(model, tokenizer, ids, config):
         for i in members:
             label = repr(tokens[i])[1:-1].replace(" ", "\u2423")
             ax.text(*points[i], label, color=f"C{color}", ha="center", va="center", parse_math=False)
-    ax.set(xlabel=f"first component ({share[0]:.0f}% of the variance)")
-    ax.set(ylabel=f"second component ({share[1]:.0f}% of the variance)")
+    ax.set(xlabel="first principal component", ylabel="second principal component")
     ax.legend(title="first character")
     fig.savefig(Path(config.out_dir, "embeddings.png"))
 
@@ -471,7 +469,7 @@ def report(model, tokenizer, train_ids, val_ids, config, checkpoint):
     """Evaluate on the whole validation split; write metrics.json and the pictures; print a summary."""
     history, tokens = checkpoint["history"], checkpoint["step"] * config.batch_size * config.block_size
     val_loss = evaluate(model, val_ids, config)
-    n_chars = len(tokenizer.decode(val_ids[1:].tolist()))  # what was predicted, whatever a token is
+    n_chars = len(tokenizer.decode(val_ids[1:].tolist()))  # a token may be several characters
     metrics = {
         "version": NAME,
         "params": sum(p.numel() for p in model.parameters()),
@@ -540,8 +538,7 @@ def generate(model, idx, config, greedy=False):
 
 
 def run(flags, sample_only=False, resume=False, greedy=False):
-    """Train unless `sample_only`, then sample; return the model and, if read, the validation ids."""
-    val_ids = None
+    """Train unless `sample_only`, then sample; return the model and the tokenizer."""
     if sample_only or resume:
         checkpoint, config = load_checkpoint(flags)
     else:
@@ -573,53 +570,57 @@ def run(flags, sample_only=False, resume=False, greedy=False):
     if not sample_only:
         Path(config.out_dir, "sample.txt").write_text(sample, encoding="utf-8")
     print(sample)
-    return model, val_ids
+    return model, tokenizer
 
 
-def losses_at(model, ids, n, interpolate):
-    """Losses on `ids` (N,) in windows n times as long as in training: over all of it, its last quarter."""
-    old = model.config
-    T, rows = n * old.block_size, max(1, old.batch_size // n)
-    scale = old.position_scale * (n if interpolate else 1)
-    config = replace(old, block_size=T, batch_size=rows, position_scale=scale)
+def losses_at(model, ids, n, scale):
+    """Losses on `ids` (N,) in windows of n * block_size, positions divided by `scale`.
+
+    Both in nats per token, of the whole window and of its last quarter.
+    """
+    T, rows = n * model.config.block_size, max(1, model.config.batch_size // n)
+    config = replace(model.config, block_size=T, batch_size=rows, position_scale=scale)
     longer = LanguageModel(config, model.head.out_features).to(ids.device)
     longer.load_state_dict(model.state_dict())
-    return [evaluate(longer, ids, config, skip=skip) for skip in (0, T - T // 4)]
+    return [evaluate(longer, ids, config, skip=skip) for skip in (0, 3 * T // 4)]
 
 
-def compare_positions(flags, resume):
+def compare_positions(flags, resume=False, greedy=False):
     """Train every position scheme alike, then test each in windows of 1, 2, 4 and 8 times block_size.
 
     Each run gets a folder of its own. Write positions.png and the table positions.txt; return the losses.
     """
-    out_dir, losses = flags.get("out_dir", Config.out_dir), {}
+    out_dir, losses = Config(**flags).out_dir, {}
     for position in POSITIONS:
         own = flags | {"position": position, "out_dir": f"{out_dir}/{position}"}
-        model, val_ids = run(own, resume=resume and Path(own["out_dir"], "checkpoint.pt").exists())
-        T = model.config.block_size
-        times = [n for n in (1, 2, 4, 8) if n == 1 or (position != "learned" and n * T < len(val_ids))]
-        losses[position] = {n * T: losses_at(model, val_ids, n, False) for n in times}
+        saved = Path(own["out_dir"], "checkpoint.pt").exists()
+        model, tokenizer = run(own, resume=resume and saved, greedy=greedy)
+        flags = asdict(model.config)  # a resumed run knows its flags: so the next is trained alike
+        _, val_ids = load_splits(model.config, tokenizer, model.head.weight.device)
+        longest = 1 if position == "learned" else len(val_ids) // model.config.block_size
+        times, scale = [n for n in (1, 2, 4, 8) if n <= longest], model.config.position_scale
+        losses[position] = {n * model.config.block_size: losses_at(model, val_ids, n, scale) for n in times}
         if position == "rope":
-            losses["rope, interpolated"] = {n * T: losses_at(model, val_ids, n, True) for n in times}
+            row = {n * model.config.block_size: losses_at(model, val_ids, n, n * scale) for n in times}
+            losses["rope, interpolated"] = row
 
+    windows = list(losses["none"])
+    table = "val loss of the whole window / of its last quarter\n"
+    table += f"{'window':>18}" + "".join(f"{T:>18}" for T in windows) + "\n"
     fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for part, title in enumerate(("mean over the window", "mean over its last quarter")):
-        for name, row in losses.items():
-            axes[part].plot(row.keys(), [pair[part] for pair in row.values()], "o-", label=name)
-        axes[part].set(
-            title=title, xscale="log", xlabel="window (tokens)", ylabel="val loss (nats per token)"
-        )
-        axes[part].set_xticks(list(row), list(row))
+    for name, row in losses.items():
+        cells = [f"   {whole:.4f} / {last:.4f}" for whole, last in row.values()]
+        table += f"{name:>18}" + "".join(cells) + "\n"
+        for ax, part in zip(axes, zip(*row.values(), strict=True), strict=True):
+            ax.plot(row.keys(), part, "o-", label=name)
+    for ax, part in zip(axes, ("the whole window", "its last quarter"), strict=True):
+        ax.set(title=f"mean over {part}", xscale="log", xlabel="window (tokens)", xticks=windows)
+        ax.set(xticklabels=windows, ylabel="val loss (nats per token)")
+        ax.minorticks_off()
     axes[0].legend()
     fig.savefig(Path(out_dir, "positions.png"))
-    lines = [
-        "val loss over the window / over its last quarter",
-        "".join(f"{T:>18}" for T in ["window", *row]),
-    ]
-    for name, row in losses.items():
-        lines.append(f"{name:>18}" + "".join(f"  {whole:.4f} / {last:.4f}" for whole, last in row.values()))
-    Path(out_dir, "positions.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    Path(out_dir, "positions.txt").write_text(table, encoding="utf-8")
+    print(table)
     return losses
 
 
@@ -629,7 +630,7 @@ def main():
     if compare and (sample_only or "position" in flags):
         sys.exit("error: --compare trains with every --position: leave out --sample and --position")
     if compare:
-        compare_positions(flags, resume)
+        compare_positions(flags, resume, greedy)
     else:
         run(flags, sample_only, resume, greedy)
 

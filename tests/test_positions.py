@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import ROOT, run_here, tiny_config, tiny_flags
+from conftest import run_here, tiny_config, tiny_flags
 from test_command_line import refused
 from transformers import BloomConfig, LlamaConfig
 from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor
@@ -97,7 +97,7 @@ def test_attention_with_rope_is_that_of_llama():
 @pytest.mark.parametrize("n_head", [*range(1, 21), 32, 40])
 def test_alibi_slopes_are_those_of_bloom(n_head, float64):
     config = tiny_config(v4, n_embd=2 * n_head, n_head=n_head)
-    bias = v4.alibi_bias(9, config, "cpu")  # (n_head, T, T)
+    bias = v4.alibi_bias(9, config, "cpu")[0]  # (n_head, T, T)
     theirs = build_alibi_tensor(torch.ones(1, 9), n_head, torch.float64)  # (n_head, 1, T), rises to the right
     theirs = theirs - theirs[:, 0, :, None]  # zero where a query meets its own key
     past = torch.ones(9, 9, dtype=torch.bool).tril()
@@ -106,10 +106,10 @@ def test_alibi_slopes_are_those_of_bloom(n_head, float64):
 
 
 def test_alibi_slopes_of_the_paper():
-    """Those that the paper prints for 8 heads, and the rule of its code for 12: 8, then 4 of those of 16."""
+    """Those that the paper prints for 8 and 16 heads; for 12 its code takes 8, then 4 of those of 16."""
 
     def slopes(n_head):
-        return -v4.alibi_bias(2, tiny_config(v4, n_embd=2 * n_head, n_head=n_head), "cpu")[:, 1, 0]
+        return -v4.alibi_bias(2, tiny_config(v4, n_embd=2 * n_head, n_head=n_head), "cpu")[0, :, 1, 0]
 
     assert slopes(8).tolist() == [1 / 2**i for i in range(1, 9)]
     assert slopes(16)[:2].tolist() == pytest.approx([2**-0.5, 2**-1])
@@ -134,8 +134,10 @@ def test_attention_with_alibi_is_that_of_bloom(n_head, float64):
 
 
 def test_sinusoidal_positions_are_the_formula(float64):
-    table = v4.sinusoidal_embedding(50, 16, tiny_config(v4), "cpu")
+    table = v4.sinusoidal_embedding(torch.zeros(2, 50, 16), tiny_config(v4))
     assert table.shape == (50, 16)
+    odd = v4.sinusoidal_embedding(torch.zeros(2, 50, 15), tiny_config(v4))
+    assert odd[7, 14].item() == pytest.approx(math.sin(7 / 10_000 ** (14 / 15)))
     for t in range(50):
         for i in range(8):
             angle = t / 10_000 ** (2 * i / 16)
@@ -146,7 +148,8 @@ def test_sinusoidal_positions_are_the_formula(float64):
 def test_sinusoidal_positions_are_added_to_scaled_tokens(float64):
     model, config = make_model(position="sinusoidal")
     idx = torch.randint(V, (2, 8))
-    x = model.token_embedding(idx) * 4 + v4.sinusoidal_embedding(8, 16, config, "cpu")  # 4 = sqrt(16)
+    x = model.token_embedding(idx)
+    x = x * 4 + v4.sinusoidal_embedding(x, config)  # 4 = sqrt(16)
     close(model(idx), model.head(model.norm(model.blocks(x))))
 
 
@@ -178,7 +181,7 @@ def test_rope_scores_depend_on_the_distance_alone(float64):
 
 
 def test_alibi_bias_is_zero_on_the_diagonal_and_falls_with_distance(float64):
-    bias = v4.alibi_bias(30, tiny_config(v4, n_embd=60, n_head=6), "cpu")
+    bias = v4.alibi_bias(30, tiny_config(v4, n_embd=60, n_head=6), "cpu")[0]
     assert (bias.diagonal(dim1=1, dim2=2) == 0).all()
     steps = bias.diagonal(-1, dim1=1, dim2=2) - bias.diagonal(0, dim1=1, dim2=2)[:, 1:]
     for distance in range(1, 30):
@@ -204,37 +207,21 @@ def test_without_positions_two_layers_can_tell_orderings_apart(float64):
     assert not torch.allclose(model(idx)[0, -1], model(idx[:, [1, 0, 2]])[0, -1], rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("position", ["rope", "alibi", "none"])
-def test_relative_schemes_do_not_care_where_a_text_begins(position, float64):
-    """A first layer's attention to the last 5 tokens is the same wherever these stand."""
-    config = tiny_config(v4, position=position)
-    attention = make_attention(config)
-    x = torch.randn(1, 5, 16)
-    far = torch.full((1, 40, 16), 0.0)
-    short = attention(x)
-    q, k, v = attention.qkv(torch.cat([far, x], dim=1)).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
-    bias = (
-        v4.alibi_bias(45, config, "cpu") if position == "alibi" else torch.full((45, 45), -math.inf).triu(1)
-    )
-    if position == "rope":
-        q, k = v4.apply_rope(q, config), v4.apply_rope(k, config)
-    scores = (q @ k.mT / math.sqrt(8) + bias)[..., 40:, 40:]
-    close(attention.proj((scores.softmax(-1) @ v[..., 40:, :]).transpose(1, 2).flatten(2)), short)
-
-
 def test_learned_layernorm_char_is_v3_to_the_bit():
     torch.manual_seed(0)
     below = v3_gpt.LanguageModel(v3_gpt.Config(), V).eval()
-    config = v4.Config(position="learned", norm="layernorm", tokenizer="char", block_size=64)
-    model = v4.LanguageModel(config, V).eval()
+    same = {"position": "learned", "norm": "layernorm", "tokenizer": "char"}
+    model = v4.LanguageModel(v4.Config(**vars(v3_gpt.Config()) | same), V).eval()
     model.load_state_dict(below.state_dict())
     for T in (1, 17, 64):
         idx = torch.randint(V, (3, T))
         assert torch.equal(model(idx), below(idx))
 
 
-def test_training_with_learned_positions_is_that_of_v3(folder, monkeypatch):
-    flags = dict(position="learned", norm="layernorm", tokenizer="char")
+def test_training_with_learned_positions_is_that_of_v3(folder):
+    names = ("init_std", "learning_rate", "lr_floor", "beta2")
+    recipe = {name: getattr(v3_gpt.Config, name) for name in names}
+    flags = {"position": "learned", "norm": "layernorm", "tokenizer": "char"} | recipe
     for rung, module, more in (("v3_gpt", v3_gpt, {}), ("v4_rope_alibi", v4, flags)):
         process = run_here(rung, *tiny_flags(module, **more), cwd=folder)
         assert process.returncode == 0, process.stderr
@@ -261,23 +248,24 @@ def test_these_schemes_go_past_the_training_length(position):
 
 
 def test_interpolated_positions_stand_between_those_of_training():
-    coarse, fine = tiny_config(v4), tiny_config(v4, position_scale=4.0)
-    angles = v4.position_angles(32, 8, fine, "cpu")
-    close(angles[::4], v4.position_angles(8, 8, coarse, "cpu"))
+    x, short = torch.zeros(32, 8), torch.zeros(8, 8)
+    angles = v4.position_angles(x, tiny_config(v4, position_scale=4.0))
+    close(angles[::4], v4.position_angles(short, tiny_config(v4)))
     assert angles.max() < 8
-    close(v4.alibi_bias(8, coarse, "cpu").tril(), v4.alibi_bias(32, fine, "cpu")[:, ::4, ::4].tril())
 
 
-def test_evaluation_can_skip_the_begin_of_each_window():
+@pytest.mark.parametrize("length", [57, 60])  # 7 windows of 8, with and without one of 3
+def test_evaluation_can_skip_the_begin_of_each_window(length):
     model, config = make_model()
-    ids = torch.randint(V, (60,))  # 7 windows of 8 and one of 3
-    losses = []
+    ids = torch.randint(V, (length,))
+    losses, before = [], ids.clone()
     with torch.inference_mode():
-        for start in range(0, 59, 8):
-            x, y = ids[start : start + 8][: 59 - start], ids[start + 1 : start + 9]
+        for start in range(0, length - 1, 8):
+            x, y = ids[start : start + 8][: length - 1 - start], ids[start + 1 : start + 9]
             losses += F.cross_entropy(model(x[None])[0], y, reduction="none")[6:].tolist()
     assert len(losses) == 7 * 2
     assert v4.evaluate(model, ids, config, skip=6) == pytest.approx(sum(losses) / 14, rel=1e-5)
+    assert torch.equal(ids, before)
 
 
 # ------------------------------------- tokens of several characters -------------------------------------
@@ -313,7 +301,7 @@ def test_bpe_from_the_command_line(folder, vocabulary):
     prompt = "Na\u00efve caf\u00e9 \U0001f642"
     for mode in ("--sample", "--resume"):
         process = run(mode, f"--prompt={prompt}", "--max_new_tokens=5", "--max_steps=15")
-        assert process.returncode == 0 and process.stdout.splitlines()[-1].startswith(prompt), process.stderr
+        assert process.returncode == 0 and f"\n{prompt}" in "\n" + process.stdout, process.stderr
     process = run("--sample", "--max_new_tokens=5", "--prompt=")
     assert process.returncode == 0 and process.stdout.startswith("\n")  # an empty prompt is a new line
     assert refused(run("--resume", "--tokenizer=char", "--prompt="), "--tokenizer bpe.json", "train anew")
@@ -342,27 +330,36 @@ def test_kinds_of_tokens():
 
 
 def test_embedding_picture_shows_the_principal_components(monkeypatch, tmp_path):
-    """Embeddings in a plane, far along one axis and a little along another: the picture shows just these."""
-    texts = {}
+    """Embeddings in a plane of 16 dimensions: the picture keeps their distances, of the 100 most frequent."""
+    texts, n = {}, 130
     monkeypatch.setattr(
         v4.plt.Axes, "text", lambda self, x, y, s, **rest: texts.update({s: (x, y, rest["color"])})
     )
-    shares = {}
-    monkeypatch.setattr(v4.plt.Axes, "set", lambda self, **rest: shares.update(rest))
-    model, config = make_model(out_dir=str(tmp_path))
-    axes = torch.linalg.qr(torch.randn(16, 2))[0].T
-    coordinates = torch.stack([10 * torch.randn(V), torch.randn(V)], dim=1)
-    model.token_embedding.weight.data = 3 + coordinates @ axes
-    tokenizer = v4.CharTokenizer("".join(sorted(set((ROOT / "input.txt").read_text(encoding="utf-8")))))
-    v4.plot_embeddings(model, tokenizer, torch.arange(V), config)
-    assert len(texts) == V and {"\u2423", "\\n", "a", "$"} <= set(texts)
+    config = tiny_config(v4, out_dir=str(tmp_path))
+    model = v4.LanguageModel(config, n)
+    coordinates = torch.stack([10 * torch.randn(n), torch.randn(n)], dim=1)
+    model.token_embedding.weight.data = 3 + coordinates @ torch.linalg.qr(torch.randn(16, 2))[0].T
+    vocab = "".join(map(chr, range(n)))
+    ids = torch.arange(n).repeat_interleave(torch.arange(n))  # id i occurs i times, id 0 never
+    v4.plot_embeddings(model, v4.CharTokenizer(vocab), ids, config)
+    shown = [repr(char)[1:-1].replace(" ", "\u2423") for char in vocab[30:]]
+    assert set(texts) == set(shown) and {"\u2423", "a", "$"} <= set(texts)
     assert texts["a"][2] == texts["o"][2] != texts["b"][2]
-    points = torch.tensor([texts[repr(c)[1:-1].replace(" ", "\u2423")][:2] for c in tokenizer.vocab])
-    centred = coordinates - coordinates.mean(dim=0)
+    points = torch.tensor([texts[label][:2] for label in shown])
     exact = "donot_use_mm_for_euclid_dist"
-    torch.testing.assert_close(*(torch.cdist(x, x, compute_mode=exact) for x in (points, centred)))
-    percent = int("".join(filter(str.isdigit, shares["xlabel"])))
-    assert percent > 95 and points[:, 0].std() > 5 * points[:, 1].std()
+    ours, theirs = (torch.cdist(x, x, compute_mode=exact) for x in (points, coordinates[30:]))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert points[:, 0].std() > 5 * points[:, 1].std()
+
+
+@pytest.mark.parametrize("text", ["a" * 400, "ab" * 200])
+@pytest.mark.parametrize("n_embd", [1, 2])
+def test_smallest_models_have_all_their_pictures(text, n_embd, folder):
+    (folder / "poor.txt").write_text(text, encoding="utf-8")
+    flags = tiny_flags(v4, data="poor.txt", n_embd=n_embd, n_head=1, position="alibi")
+    process = run_here("v4_rope_alibi", *flags, cwd=folder)
+    assert process.returncode == 0, process.stderr
+    assert (folder / "runs/v4_rope_alibi/embeddings.png").exists()
 
 
 @pytest.fixture
@@ -377,6 +374,7 @@ def test_comparison(folder, comparison):
     out = folder / "runs/v4_rope_alibi"
     lines = (out / "positions.txt").read_text(encoding="utf-8").splitlines()
     assert "\n".join(lines) in process.stdout and lines[1].split() == ["window", "8", "16", "32", "64"]
+    assert {len(line) for line in lines[1:2] + lines[3:]} == {18 * 5}  # learned has one window only
     rows = {line[:18].strip(): line[18:].replace("/", " ").split() for line in lines[2:]}
     assert list(rows) == ["learned", "sinusoidal", "rope", "rope, interpolated", "alibi", "none"]
     assert {name: len(row) for name, row in rows.items()} == {name: 8 for name in rows} | {"learned": 2}
@@ -391,6 +389,18 @@ def test_comparison(folder, comparison):
         args = ["--sample", "--out_dir", f"runs/v4_rope_alibi/{position}", "--max_new_tokens=3"]
         assert run_here("v4_rope_alibi", *args, cwd=folder).returncode == 0
     assert len(batches) == 1
+    checkpoint = torch.load(out / "rope/checkpoint.pt")
+    model = v4.LanguageModel(v4.Config(**checkpoint["config"]), len(checkpoint["vocab"]))
+    model.load_state_dict(checkpoint["model"])
+    text = (folder / "input.txt").read_text(encoding="utf-8")
+    ids = torch.tensor([checkpoint["vocab"].index(char) for char in text[int(0.9 * len(text)) :]])
+    losses = []
+    with torch.inference_mode():
+        for start in range(0, len(ids) - 1, 64):
+            x, y = ids[start : start + 64], ids[start + 1 : start + 65]
+            losses.append(F.cross_entropy(model(x[None])[0, : len(y)], y, reduction="none"))
+    assert f"{torch.cat(losses).mean():.4f}" == rows["rope"][6]
+    assert f"{torch.cat([loss[48:] for loss in losses]).mean():.4f}" == rows["rope"][7]
     assert matplotlib.image.imread(out / "positions.png").std() > 0
 
 
@@ -411,7 +421,7 @@ def test_comparison_goes_on_where_it_was_stopped(folder, comparison, monkeypatch
         with pytest.raises(SystemExit, match=r"step 6 and saved.*--resume"):
             v4.main()
     assert not (folder / "parts/alibi").exists()
-    process = run_here("v4_rope_alibi", *comparison, "--resume", "--out_dir=parts", cwd=folder)
+    process = run_here("v4_rope_alibi", "--compare", "--resume", "--out_dir=parts", cwd=folder)
     assert process.returncode == 0, process.stderr
     whole, parts = ((folder / out / "positions.txt").read_bytes() for out in ("whole", "parts"))
     assert whole == parts
@@ -420,6 +430,14 @@ def test_comparison_goes_on_where_it_was_stopped(folder, comparison, monkeypatch
 def test_comparison_refuses_what_contradicts_it(folder):
     for flag in ("--sample", "--position=rope"):
         assert refused(run_here("v4_rope_alibi", "--compare", flag, cwd=folder), "--compare", "leave out")
+    odd = ["--compare", "--n_embd=12", "--n_head=4"]  # fine for some schemes, but not for all
+    assert refused(run_here("v4_rope_alibi", *odd, cwd=folder), "--n_embd 12", "even")
+    assert not (folder / "runs").exists()
+
+
+def test_comparison_of_the_shortest_windows(folder, comparison):
+    process = run_here("v4_rope_alibi", *comparison, "--block_size=1", cwd=folder)
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.parametrize(
@@ -427,8 +445,7 @@ def test_comparison_refuses_what_contradicts_it(folder):
     [
         (["--position=absolute"], ["--position", "learned, sinusoidal, rope, alibi, none"]),
         (["--norm=batchnorm"], ["--norm", "layernorm, rmsnorm"]),
-        (["--n_embd=12", "--n_head=4"], ["--position rope", "even"]),
-        (["--n_embd=12", "--n_head=4", "--position=sinusoidal"], ["--position sinusoidal", "even"]),
+        (["--n_embd=12", "--n_head=4"], ["--n_embd 12", "even"]),
         (["--position=learned", "--context=1000"], ["--position learned", "--context"]),
         (["--position_scale=0"], ["--position_scale 0"]),
         (["--position_base=-1"], ["--position_base -1"]),

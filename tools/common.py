@@ -73,12 +73,13 @@ def run(rung, name, replace=None, **flags):
     return json.loads((out_dir / "metrics.json").read_text(encoding="utf-8"))
 
 
-def run_experiments(week, experiments, tables):
+def run_experiments(week, experiments, tables, long=()):
     """The main of tools/week_N.py: run the experiments named on the command line or all; fill the log.
 
     `experiments` maps names to functions that return what is stored, `tables` makes blocks of the results.
+    Those in `long` take hours and run only if they are named.
     """
-    chosen = sys.argv[1:] or list(experiments)
+    chosen = sys.argv[1:] or [name for name in experiments if name not in long]
     if unknown := set(chosen) - set(experiments):
         sys.exit(f"error: no experiment {', '.join(sorted(unknown))}; choose from {', '.join(experiments)}")
     for name in chosen:

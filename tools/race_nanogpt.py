@@ -1,8 +1,8 @@
-"""Time v3_gpt.py against nanoGPT's command for a machine without a GPU, in turn, on this machine.
+"""Time v3 and v4 against nanoGPT's command for a machine without a GPU, in turn, on this machine.
 
     python tools/race_nanogpt.py PATH     PATH: a checkout of nanoGPT, its shakespeare_char data prepared
 
-Times are those of whole processes. nanoGPT's val loss is its own last estimate, v3's that of the whole split.
+Times are those of whole processes. nanoGPT's val loss is its own last estimate, ours that of the whole split.
 """
 
 import json
@@ -18,8 +18,12 @@ from common import ROOT, store
 NANOGPT = """train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20
 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000
 --lr_decay_iters=2000 --dropout=0.0""".split()
-V3 = """v3_gpt.py --block_size 32 --max_steps 1000 --warmup_steps 50 --eval_interval 500
---out_dir runs/race""".split()
+V3 = "v3_gpt.py --block_size 32 --max_steps 1000 --warmup_steps 50 --eval_interval 500".split()
+V4 = "v4_rope_alibi.py --block_size 32 --batch_size 32 --warmup_steps 50 --eval_interval 500".split()
+OURS = {  # for week, name of the run, command
+    4: {"v3_2": [*V3, "--n_layer=2"], "v3_4": [*V3, "--n_layer=4"]},
+    5: {"v4_2": [*V4, "--n_layer=2", "--max_steps=600"]},
+}
 
 
 def timed(args, folder):
@@ -34,23 +38,23 @@ def timed(args, folder):
 def main():
     if len(sys.argv) != 2 or not Path(sys.argv[1], "train.py").exists():
         sys.exit("error: name the folder of a nanoGPT checkout: python tools/race_nanogpt.py PATH")
-    runs = []
+    runs = {week: [] for week in OURS}
     for _ in range(2):
         seconds, text = timed(NANOGPT, sys.argv[1])
-        run = {
-            "nanogpt_seconds": seconds,
-            "nanogpt_val_loss": float(re.findall(r"val loss ([\d.]+)", text)[-1]),
-        }
-        for n_layer in (2, 4):
-            seconds, _ = timed([*V3, f"--n_layer={n_layer}"], ROOT)
-            metrics = json.loads((ROOT / "runs/race/metrics.json").read_text(encoding="utf-8"))
-            run[f"v3_{n_layer}_seconds"] = seconds
-            run[f"v3_{n_layer}_training_seconds"] = metrics["seconds"]
-            run[f"v3_{n_layer}_val_loss"] = metrics["val_loss"]
-            run[f"v3_{n_layer}_percent"] = 100 * seconds / run["nanogpt_seconds"]
-        runs.append(run)
-        print(run, flush=True)
-    store("week_4", "race", {key: statistics.mean(run[key] for run in runs) for key in runs[0]})
+        nanogpt = {"nanogpt_seconds": seconds}
+        nanogpt["nanogpt_val_loss"] = float(re.findall(r"val loss ([\d.]+)", text)[-1])
+        for week, commands in OURS.items():
+            run = dict(nanogpt)
+            for name, args in commands.items():
+                run[f"{name}_seconds"], _ = timed([*args, "--out_dir=runs/race"], ROOT)
+                metrics = json.loads((ROOT / "runs/race/metrics.json").read_text(encoding="utf-8"))
+                run[f"{name}_training_seconds"] = metrics["seconds"]
+                run[f"{name}_val_loss"] = metrics["val_loss"]
+                run[f"{name}_percent"] = 100 * run[f"{name}_seconds"] / seconds
+            runs[week].append(run)
+            print(run, flush=True)
+    for week, rows in runs.items():
+        store(f"week_{week}", "race", {key: statistics.mean(row[key] for row in rows) for key in rows[0]})
 
 
 if __name__ == "__main__":

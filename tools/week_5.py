@@ -26,8 +26,33 @@ SPLITS = {"train": TRAIN, "val": VAL}
 SIZES = [256, 512, 1024, 2048, 4096, 8192]
 FOLDER = ROOT / "runs" / "experiments"
 
-# Longer runs of v4, in the order in which they were tried; what is not named is v4's default.
-RECIPES = []
+# How v4's defaults were found, in the order of the trials, from v3's recipe on; the last is the longer run.
+RECIPE_COLUMNS = "blocks x width,heads,batch x block,rate,floor,std,beta2,dropout,decay,steps,train,val"
+V3 = dict(n_head=4, init_std=0.02, lr_floor=0.1, beta2=0.95, learning_rate=0.006, max_steps=2400)
+FLAT = V3 | dict(n_head=8, init_std=0.06, lr_floor=0, learning_rate=0.008, max_steps=2250)
+RECIPES = [
+    V3 | dict(block_size=64, batch_size=32),
+    V3,
+    V3 | dict(block_size=256, batch_size=8, max_steps=2200),
+    V3 | dict(block_size=256, batch_size=4, max_steps=4400, learning_rate=0.004),
+    V3 | dict(learning_rate=0.003),
+    V3 | dict(learning_rate=0.008, lr_floor=0.01),
+    V3 | dict(n_layer=3, max_steps=3200),
+    V3 | dict(position_base=300, lr_floor=0.01),
+    V3 | dict(weight_decay=1),
+    V3 | dict(n_head=8, learning_rate=0.01, max_steps=2600),
+    V3 | dict(n_head=8, learning_rate=0.008, lr_floor=0.01, max_steps=2600),
+    V3 | dict(n_head=8, learning_rate=0.008, lr_floor=0.01, max_steps=2600, init_std=0.06),
+    FLAT,
+    FLAT | dict(beta2=0.98),
+    FLAT | dict(beta2=0.99),
+    FLAT | dict(beta2=0.99, learning_rate=0.005),
+    FLAT | dict(beta2=0.98, learning_rate=0.004),
+    FLAT | dict(beta2=0.99, learning_rate=0.005, init_std=0.1),
+    FLAT | dict(beta2=0.99, learning_rate=0.004, init_std=0.1),
+    dict(n_embd=192, block_size=256, batch_size=8, dropout=0.1, learning_rate=0.003, init_std=0.08)
+    | dict(max_steps=8500, eval_interval=850),
+]
 
 # ------------------------------------------ the tokenizer ------------------------------------------
 
@@ -259,16 +284,16 @@ def turned_by_hand():
 
 
 def compare():
-    """`python v4_rope_alibi.py --compare`: the losses by window, those of training, and the picture."""
+    """`python v4_rope_alibi.py --compare --resume`: losses by window and of training, and the picture."""
     out = FOLDER / "compare"
     with redirect_stdout(StringIO()):
-        losses = v4.compare_positions({"data": str(ROOT / "input.txt"), "out_dir": str(out)}, resume=False)
+        losses = v4.compare_positions({"data": str(ROOT / "input.txt"), "out_dir": str(out)}, resume=True)
     shutil.copy(out / "positions.png", LOGS / "week_5_positions.png")
     results = {"losses": losses, "runs": {}}
     for position in v4.POSITIONS:
         metrics = json.loads((out / position / "metrics.json").read_text(encoding="utf-8"))
         results["runs"][position] = {
-            key: metrics[key] for key in ("params", "val_loss", "seconds", "history")
+            key: metrics[key] for key in ("params", "train_loss", "val_loss", "history")
         }
     return results
 
@@ -280,7 +305,7 @@ def norms():
 
 
 def vocabularies():
-    """Characters and BPE vocabularies, trained for as many multiplications, in bits per character.
+    """Bits per character of characters and BPE, with the multiplications of half a default run.
 
     A token costs about 6 floating-point operations for each weight of a matrix, the token embedding apart.
     """
@@ -293,7 +318,7 @@ def vocabularies():
             path = FOLDER / f"bpe_{size}.json"
             all_tokenizers[size].save(path)
             flags = {"tokenizer": path}
-        steps = round(defaults.max_steps * (inner + 65 * defaults.n_embd) / cost)
+        steps = round(defaults.max_steps / 2 * (inner + 65 * defaults.n_embd) / cost)
         m = run("v4_rope_alibi", f"vocabulary_{size}", max_steps=steps, **flags)
         keys = ("params", "steps", "tokens", "seconds", "train_loss", "val_loss", "bits_per_char", "history")
         results[str(size)] = {key: m[key] for key in keys}
@@ -304,17 +329,17 @@ def vocabularies():
 
 
 def recipes():
-    """The longer runs of RECIPES, hours in all: what is done already in runs/experiments is not repeated."""
+    """All RECIPES, two hours: what is done already in runs/experiments is not repeated."""
     results = []
     for number, flags in enumerate(RECIPES):
         done = FOLDER / f"recipe_{number}/metrics.json"
-        m = (
+        metrics = (
             json.loads(done.read_text("utf-8"))
             if done.exists()
             else run("v4_rope_alibi", f"recipe_{number}", **flags)
         )
         keys = ("params", "steps", "tokens", "seconds", "threads", "train_loss", "val_loss", "config")
-        results.append({key: m[key] for key in keys})
+        results.append({key: metrics[key] for key in keys})
     return results
 
 
@@ -369,7 +394,7 @@ def tables(results):
     ]
     alike = week["compare"]["runs"]
     scheme_rows = [
-        [k, f"{m['params']:,}", f"{m['val_loss']:.4f}", f"{m['seconds']:.0f}"]
+        [k, f"{m['params']:,}", f"{m['train_loss']:.4f}", f"{m['val_loss']:.4f}"]
         for k, m in sorted(alike.items(), key=lambda item: item[1]["val_loss"])
     ]
     losses = week["compare"]["losses"]
@@ -390,16 +415,18 @@ def tables(results):
         vocabulary_rows.append([name, *numbers, f"{m['val_loss']:.4f}", f"{m['bits_per_char']:.4f}"])
 
     recipe_rows = []
-    for m in sorted(week["recipes"], key=lambda m: m["val_loss"], reverse=True):
+    for m in week["recipes"]:
         c = m["config"]
-        shape = f"{c['n_layer']} x {c['n_embd']}, {c['n_head']} heads"
+        base = "" if c["position_base"] == 10_000 else f", base {c['position_base']:g}"
         batch = f"{c['batch_size']} x {c['block_size']}"
-        settings = [c["dropout"], c["weight_decay"], c["learning_rate"], f"{m['steps']:,}"]
-        recipe_rows.append(
-            [shape, f"{m['params']:,}", batch, *settings, f"{m['train_loss']:.4f}", f"{m['val_loss']:.4f}"]
-        )
+        shape = [f"{c['n_layer']} x {c['n_embd']}{base}", c["n_head"], batch]
+        names = ("learning_rate", "lr_floor", "init_std", "beta2", "dropout", "weight_decay")
+        numbers = [c[name] for name in names]
+        losses_of = [f"{m['steps']:,}", f"{m['train_loss']:.4f}", f"{m['val_loss']:.4f}"]
+        recipe_rows.append([*shape, *(f"{number:g}" for number in numbers), *losses_of])
     return {
-        "schemes": table(["position", "parameters", "val loss", "seconds"], scheme_rows),
+        "sample": f"```\n{results['rungs']['v4_rope_alibi']['sample'].strip()}\n```",
+        "schemes": table(["position", "parameters", "train loss", "val loss"], scheme_rows),
         "window": table(["window, mean over all of it", *windows], parts[0]),
         "quarter": table(["window, mean over its last quarter", *windows], parts[1]),
         "vocabularies": table(
@@ -407,17 +434,7 @@ def tables(results):
             vocabulary_rows,
         ),
         "recipes": table(
-            [
-                "blocks x width",
-                "parameters",
-                "batch x block",
-                "dropout",
-                "decay",
-                "rate",
-                "steps",
-                "train",
-                "val",
-            ],
+            RECIPE_COLUMNS.split(","),
             recipe_rows,
         ),
         "norms": table(
@@ -460,4 +477,4 @@ EXPERIMENTS = {
 }
 
 if __name__ == "__main__":
-    run_experiments(5, EXPERIMENTS, tables)
+    run_experiments(5, EXPERIMENTS, tables, long=["recipes"])
