@@ -453,7 +453,7 @@ def plot_embeddings(model, tokenizer, ids, config):
     vectors = model.token_embedding.weight.detach().cpu()[ids]  # (100, C)
     _, _, axes = torch.linalg.svd(F.pad(vectors - vectors.mean(dim=0), (0, 1)))  # C + 1: at least two axes
     points = (F.pad(vectors, (0, 1)) @ axes[:2].T).numpy()
-    fig, ax = plt.subplots(figsize=(8, 6), layout="constrained")
+    fig, ax = plt.subplots(figsize=(9, 6), layout="constrained")
     for color, kind in enumerate(("vowel", "consonant", "capital", "digit", "punctuation, space")):
         members = [i for i, token in enumerate(tokens) if kind_of(token) == kind]
         ax.scatter(*points[members].T, 200, f"C{color}", alpha=0.15, label=kind)
@@ -461,7 +461,7 @@ def plot_embeddings(model, tokenizer, ids, config):
             label = repr(tokens[i])[1:-1].replace(" ", "\u2423")
             ax.text(*points[i], label, color=f"C{color}", ha="center", va="center", parse_math=False)
     ax.set(xlabel="first principal component", ylabel="second principal component")
-    ax.legend(title="first character")
+    fig.legend(title="first character", loc="outside right upper")
     fig.savefig(Path(config.out_dir, "embeddings.png"))
 
 

@@ -22,7 +22,10 @@ V3 = "v3_gpt.py --block_size 32 --max_steps 1000 --warmup_steps 50 --eval_interv
 V4 = "v4_rope_alibi.py --block_size 32 --batch_size 32 --warmup_steps 50 --eval_interval 500".split()
 OURS = {  # for week, name of the run, command
     4: {"v3_2": [*V3, "--n_layer=2"], "v3_4": [*V3, "--n_layer=4"]},
-    5: {"v4_2": [*V4, "--n_layer=2", "--max_steps=600"]},
+    5: {
+        "v4_1": [*V4, "--n_layer=1", "--learning_rate=0.008", "--max_steps=850"],
+        "v4_2": [*V4, "--n_layer=2", "--learning_rate=0.006", "--max_steps=700"],
+    },
 }
 
 
