@@ -8,11 +8,11 @@ token may now be a piece of a word. The defaults are a better recipe too: --posi
 Since v3_gpt.py
   added:    NORMS, POSITIONS, RMSNorm, alibi_bias, apply_rope, compare_positions, kind_of, losses_at,
             plot_embeddings, position_angles, run, sinusoidal_embedding
-  changed:  Config, LanguageModel, MultiHeadAttention, TransformerBlock, evaluate, generate, load_weights,
-            main, parse_flags, report
+  changed:  Config, LanguageModel, MultiHeadAttention, TransformerBlock, evaluate, generate, main,
+            parse_flags, report
   removed:  -
 
-Result: val loss 0.
+Result: val loss 1.5289, 2.21 bits/char, 808,448 parameters, 161 s on 2 CPU cores.
 
 Run it with: python v4_rope_alibi.py, or with --help to see every flag.
 """

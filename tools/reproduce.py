@@ -1,6 +1,6 @@
 """Run the rungs with their defaults; rewrite every number and picture that README and logs show of them.
 
-    python tools/reproduce.py             all rungs, then the experiments of every week (about half an hour)
+    python tools/reproduce.py             all rungs, then the experiments of every week (90 minutes)
     python tools/reproduce.py v0 v3       these rungs only
     python tools/reproduce.py --tables    run nothing: rewrite tables and ladder.png from logs/results.json
 

@@ -7,6 +7,7 @@ import statistics
 import unicodedata
 from collections import Counter
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from itertools import islice, pairwise
 from unittest.mock import patch
@@ -298,6 +299,40 @@ def compare():
     return results
 
 
+def interpolation():
+    """The RoPE model of `compare` in longer windows: as it is, positions divided, base raised.
+
+    Each before and after 200 more steps. The raised base is the "NTK-aware" one of a forum post (bloc97,
+    2023), base * n^(D / (D - 2)) for n times the length, heads of D: only the fastest angle stays as it is.
+    """
+    saved = torch.load(FOLDER / "compare/rope/checkpoint.pt", weights_only=True)
+    old, tokenizer = v4.Config(**saved["config"]), v4.CharTokenizer(saved["vocab"])
+    train_ids, val_ids = v4.load_splits(old, tokenizer, "cpu")
+    D = old.n_embd // old.n_head
+    results = {}
+    for n in (2, 4):
+        ways = {
+            "as it is": {},
+            "positions divided": {"position_scale": float(n)},
+            "base raised": {"position_base": old.position_base * n ** (D / (D - 2))},
+        }
+        for way, changes in ways.items():
+            out_dir = FOLDER / f"interpolation_{n}_{way}"
+            out_dir.mkdir(parents=True, exist_ok=True)
+            changes |= dict(block_size=n * old.block_size, batch_size=old.batch_size // n)
+            changes["out_dir"] = str(out_dir)
+            changes |= dict(max_steps=200, learning_rate=0.001, warmup_steps=20, eval_interval=200)
+            config = replace(old, **changes)
+            model = v4.LanguageModel(config, len(tokenizer.vocab))
+            model.load_state_dict(saved["model"])
+            parts = (0, 3 * config.block_size // 4)
+            before = [v4.evaluate(model, val_ids, config, skip=skip) for skip in parts]
+            v4.train(model, train_ids, val_ids, config, {"step": 0, "seconds": 0.0, "history": []})
+            after = [v4.evaluate(model, val_ids, config, skip=skip) for skip in parts]
+            results[f"{n} {way}"] = {"before": before, "after": after}
+    return results
+
+
 def norms():
     """LayerNorm and RMSNorm, 600 steps: val loss and seconds."""
     runs = {norm: run("v4_rope_alibi", f"norm_{norm}", norm=norm, max_steps=600) for norm in v4.NORMS}
@@ -429,6 +464,15 @@ def tables(results):
         "schemes": table(["position", "parameters", "train loss", "val loss"], scheme_rows),
         "window": table(["window, mean over all of it", *windows], parts[0]),
         "quarter": table(["window, mean over its last quarter", *windows], parts[1]),
+        "interpolation": table(
+            ["window", "RoPE", "whole", "last quarter", "200 steps later: whole", "last quarter"],
+            [
+                [n * 128, way, *(f"{x:.4f}" for when in ("before", "after") for x in row[when])]
+                for n in (2, 4)
+                for way in ("as it is", "positions divided", "base raised")
+                for row in [week["interpolation"][f"{n} {way}"]]
+            ],
+        ),
         "vocabularies": table(
             ["vocabulary", "parameters", "steps", "characters read", "seconds", "nats/token", "bits/char"],
             vocabulary_rows,
@@ -471,6 +515,7 @@ EXPERIMENTS = {
     "unicode_editions": unicode_editions,
     "turned_by_hand": turned_by_hand,
     "compare": compare,
+    "interpolation": interpolation,
     "norms": norms,
     "vocabularies": vocabularies,
     "recipes": recipes,
