@@ -334,7 +334,7 @@ def interpolation():
 
 
 def norms():
-    """LayerNorm and RMSNorm, 600 steps: val loss and seconds."""
+    """LayerNorm and RMSNorm, 600 steps: val loss."""
     runs = {norm: run("v4_rope_alibi", f"norm_{norm}", norm=norm, max_steps=600) for norm in v4.NORMS}
     return {norm: {key: m[key] for key in ("params", "val_loss", "seconds")} for norm, m in runs.items()}
 
@@ -446,7 +446,7 @@ def tables(results):
     for size, m in sorted(week["vocabularies"].items(), key=lambda item: int(item[0])):
         characters = m["tokens"] * m["val_loss"] / math.log(2) / m["bits_per_char"]
         name = "characters (65)" if size == "65" else f"BPE, {int(size):,}"
-        numbers = [f"{m['params']:,}", f"{m['steps']:,}", f"{characters / 1e6:.1f} M", f"{m['seconds']:.0f}"]
+        numbers = [f"{m['params']:,}", f"{m['steps']:,}", f"{characters / 1e6:.1f} M"]
         vocabulary_rows.append([name, *numbers, f"{m['val_loss']:.4f}", f"{m['bits_per_char']:.4f}"])
 
     recipe_rows = []
@@ -474,7 +474,7 @@ def tables(results):
             ],
         ),
         "vocabularies": table(
-            ["vocabulary", "parameters", "steps", "characters read", "seconds", "nats/token", "bits/char"],
+            ["vocabulary", "parameters", "steps", "characters read", "nats/token", "bits/char"],
             vocabulary_rows,
         ),
         "recipes": table(
@@ -482,11 +482,8 @@ def tables(results):
             recipe_rows,
         ),
         "norms": table(
-            ["norm", "parameters", "val loss", "seconds"],
-            [
-                [k, f"{m['params']:,}", f"{m['val_loss']:.4f}", f"{m['seconds']:.0f}"]
-                for k, m in week["norms"].items()
-            ],
+            ["norm", "parameters", "val loss"],
+            [[k, f"{m['params']:,}", f"{m['val_loss']:.4f}"] for k, m in week["norms"].items()],
         ),
         "by_hand": table(["merge", "count", "pairs with this count", "ids", "text"], hand),
         "first_merges": table(["merges", *[""] * 5], merges),
