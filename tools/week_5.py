@@ -373,8 +373,9 @@ def recipes():
             if done.exists()
             else run("v4_rope_alibi", f"recipe_{number}", **flags)
         )
-        keys = ("params", "steps", "tokens", "seconds", "threads", "train_loss", "val_loss", "config")
-        results.append({key: metrics[key] for key in keys})
+        keys = ("params", "steps", "tokens", "seconds", "threads", "train_loss", "val_loss")
+        config = {name: x for name, x in metrics["config"].items() if name not in ("data", "out_dir")}
+        results.append({key: metrics[key] for key in keys} | {"config": config})
     return results
 
 
