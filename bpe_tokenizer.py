@@ -16,6 +16,7 @@ import inspect
 import io
 import json
 import re
+import signal
 import sys
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, fields
@@ -23,6 +24,9 @@ from functools import lru_cache
 from heapq import heapify, heappop, heappush
 from itertools import chain, islice, pairwise
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("stopped"))  # Ctrl-C
 
 import numpy as np
 import regex
@@ -66,7 +70,7 @@ def parse_flags():
     parser.add_argument("--decode", metavar="IDS", help='do not train: show the text of ids like "84 111"')
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
     for field in fields(Config):
-        meaning = f"{comments[field.name]} (default: {field.default!r})"
+        meaning = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
         parser.add_argument(f"--{field.name}", type=field.type, default=argparse.SUPPRESS, help=meaning)
     return vars(parser.parse_args())
 
@@ -95,8 +99,12 @@ def write_file(path, content):
 # ---------------------------------------------- model ----------------------------------------------
 
 
+class TokenizerError(ValueError):
+    """A BPETokenizer cannot do what it is asked for; the text says why."""
+
+
 class BPETokenizer:
-    """Text to ids and back. What cannot be done raises a ValueError that says why.
+    """Text to ids and back. What cannot be done raises a TokenizerError that says why.
 
     Ids 0 to 255 are the bytes, in the order of `alphabet`; then each merge makes one, such as "t h" the piece
     "th"; then come the special tokens. vocab[id] is the piece as bytes, names[id] the same made VISIBLE, and
@@ -105,16 +113,16 @@ class BPETokenizer:
 
     def __init__(self, merges=(), special_tokens=(), alphabet=ALPHABET):
         if sorted(alphabet) != sorted(ALPHABET):
-            raise ValueError("the alphabet does not have each byte once")
+            raise TokenizerError("the alphabet does not have each byte once")
         ids = {name: i for i, name in enumerate(alphabet)}
         self.merges = {}
         for merge in merges:
             x, _, y = merge.partition(" ")
             if x not in ids or y not in ids or x + y in ids:
-                raise ValueError(f"the merge {merge!r} does not make a new piece of two known ones")
+                raise TokenizerError(f"the merge {merge!r} does not make a new piece of two known ones")
             self.merges[ids[x], ids[y]] = ids[x + y] = len(ids)
         if "" in special_tokens or len(set(special_tokens)) < len(special_tokens):
-            raise ValueError("special tokens must not be empty or the same")
+            raise TokenizerError("special tokens must not be empty or the same")
         self.special_tokens = {token: len(ids) + n for n, token in enumerate(special_tokens)}
         self.names = [*ids, *special_tokens]
         self.vocab = [bytes(BYTES[char] for char in name) for name in ids]
@@ -127,20 +135,26 @@ class BPETokenizer:
         """Learn a vocabulary of `vocab_size` ids in all from `text`."""
         n_merges = vocab_size - 256 - len(special_tokens)
         if n_merges < 0:
-            raise ValueError(f"{vocab_size} ids are too few: there are 256 bytes and the special tokens")
+            raise TokenizerError(f"{vocab_size} ids are too few: there are 256 bytes and the special tokens")
         if not text:
-            raise ValueError("there is no text to learn from")
+            raise TokenizerError("there is no text to learn from")
         merges = islice(learn_merges(text), n_merges)
         merges = list(tqdm(merges, total=n_merges, unit="merge", disable=not progress))
         if len(merges) < n_merges:
             most = vocab_size - n_merges + len(merges)
-            raise ValueError(f"{vocab_size} ids are too many: with {most} this text has no pair left to join")
+            raise TokenizerError(
+                f"{vocab_size} ids are too many: with {most} this text has no pair left to join"
+            )
         return cls(merges, special_tokens)
 
     def encode_word(self, word):
         """One word to ids: of all pairs that can be joined, the one learned first, leftmost first."""
         get = self.merges.get
-        ids = [*word.encode().translate(self.byte_ids), -1]  # -1 ends the word; ids[-1] is also left of it
+        try:
+            word = word.encode()
+        except UnicodeEncodeError as error:
+            raise TokenizerError(f"half a character in the text: {error}") from error
+        ids = [*word.translate(self.byte_ids), -1]  # -1 ends the word; ids[-1] is also left of it
         left, right = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1))  # places of the neighbours
         heap = [(z, i) for i, pair in enumerate(pairwise(ids)) if (z := get(pair))]
         heapify(heap)
@@ -161,7 +175,7 @@ class BPETokenizer:
         """Text to ids. A special token in it is plain text unless `allowed_special` names it or is "all"."""
         allowed = set(self.special_tokens if allowed_special == "all" else allowed_special)
         if unknown := allowed - set(self.special_tokens):
-            raise ValueError(f"there is no special token {min(unknown)!r} to allow")
+            raise TokenizerError(f"there is no special token {min(unknown)!r} to allow")
         if not allowed:
             return list(chain.from_iterable(map(self.encode_word, SPLIT.findall(text))))
         ids = []
@@ -175,7 +189,7 @@ class BPETokenizer:
         pieces = []
         for i in ids:
             if not 0 <= i < len(self.vocab):
-                raise ValueError(f"the id {i} is outside the vocabulary, 0 to {len(self.vocab) - 1}")
+                raise TokenizerError(f"the id {i} is outside the vocabulary, 0 to {len(self.vocab) - 1}")
             pieces.append(self.vocab[i])
         return b"".join(pieces).decode(errors="replace")
 
@@ -194,9 +208,9 @@ class BPETokenizer:
         try:
             tokenizer = cls(state["merges"], list(state["special_tokens"]), state["alphabet"])
         except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"it is no vocabulary of {NAME} ({error!r})") from error
+            raise TokenizerError(f"it is no vocabulary of {NAME} ({error!r})") from error
         if tokenizer.to_dict() != state:
-            raise ValueError(f"its pattern or special tokens are not those that {NAME} would write")
+            raise TokenizerError(f"its pattern or special tokens are not those that {NAME} would write")
         return tokenizer
 
     def save(self, path):
@@ -208,8 +222,8 @@ class BPETokenizer:
         """Read what save wrote."""
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except ValueError as error:  # not UTF-8, not JSON, or not a vocabulary
-            raise ValueError(f"cannot use {path} ({error})") from error
+        except (OSError, ValueError) as error:  # missing, not UTF-8, not JSON, or not a vocabulary
+            raise TokenizerError(f"no vocabulary in {path} ({error}); make one: python {NAME}.py") from error
 
     @classmethod
     def from_gpt2(cls, encoder_json, vocab_bpe):
@@ -218,7 +232,7 @@ class BPETokenizer:
         merges = Path(vocab_bpe).read_text(encoding="utf-8").split("\n")[1:-1]  # after the version
         tokenizer = cls(merges, ["<|endoftext|>"], "".join(VISIBLE.values()))
         if {name: i for i, name in enumerate(tokenizer.names)} != ids:
-            raise ValueError(f"{encoder_json} and {vocab_bpe} do not belong together")
+            raise TokenizerError(f"{encoder_json} and {vocab_bpe} do not belong together")
         return tokenizer
 
 
@@ -329,27 +343,38 @@ def convert(tokenizer, text, ids):
 # ---------------------------------------------- main ----------------------------------------------
 
 
+def find_vocabulary(config, named):
+    """Return the vocabulary file of config.vocab_size, or unless it is `named` the only one in out_dir."""
+    path = Path(config.out_dir, f"bpe_vocab_{config.vocab_size}.json")
+    others = sorted(Path(config.out_dir).glob("bpe_vocab_*.json"))
+    if path in others or not others:
+        return path
+    if len(others) == 1 and not named:
+        return others[0]
+    there = ", ".join(other.name for other in others)
+    sys.exit(f"error: there is no {path}, only {there}; name a size with --vocab_size")
+
+
 def main():
     flags = parse_flags()
     to_encode, to_decode = flags.pop("encode", None), flags.pop("decode", None)
     config = Config(**flags)
-    path = Path(config.out_dir, f"bpe_vocab_{config.vocab_size}.json")
     if to_encode is not None or to_decode is not None:
-        try:
-            tokenizer = BPETokenizer.load(path)
-        except (OSError, ValueError) as error:
-            sys.exit(f"error: {error}; train first: python {NAME}.py --vocab_size {config.vocab_size}")
+        tokenizer = BPETokenizer.load(find_vocabulary(config, named="vocab_size" in flags))
         return convert(tokenizer, to_encode, to_decode)
 
     text = load_text(config)
     splits = {"train": text[: int(0.9 * len(text))], "val": text[int(0.9 * len(text)) :]}
     tokenizer = BPETokenizer.train(splits["train"], config.vocab_size, progress=True)
-    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    tokenizer.save(path)
+    try:
+        Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"error: cannot write to {config.out_dir} ({error}); name another folder with --out_dir")
+    tokenizer.save(Path(config.out_dir, f"bpe_vocab_{config.vocab_size}.json"))
     for name, split in splits.items():
         ids = np.array(tokenizer.encode(split), dtype=np.uint16)
         np.save(file := io.BytesIO(), ids)
-        write_file(Path(config.out_dir, f"{name}_ids.npy"), file.getvalue())
+        write_file(Path(config.out_dir, f"{name}_ids_{config.vocab_size}.npy"), file.getvalue())
         print(f"{name:>8}  {len(ids):,} ids, {len(split) / len(ids):.4f} characters per id")
     print(f"{'files in':>8}  {config.out_dir}\n")
     for example in EXAMPLES:
@@ -358,10 +383,9 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8")  # a piece can be any text, whatever the console's default
+    if hasattr(sys.stdout, "reconfigure"):  # the stdout of IDLE and of some notebooks is no file
+        sys.stdout.reconfigure(encoding="utf-8")  # a piece can be any text, whatever the console's default
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit("stopped")
-    except (OSError, ValueError) as error:
+    except TokenizerError as error:
         sys.exit(f"error: {error}")

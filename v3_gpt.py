@@ -6,7 +6,7 @@ function, faster. That kernel never forms the attention weights, so the picture 
 
 Since v2_attention.py
   added:    TransformerBlock, sample_next
-  changed:  Config, LanguageModel, MultiHeadAttention, generate, main, make_optimizer
+  changed:  Config, LanguageModel, MultiHeadAttention, SAMPLING, TRAINING, generate, main, make_optimizer
   removed:  SelfAttentionHead, plot_attention
 
 Result: val loss 1.5940, 2.30 bits/char, 816,640 parameters, 168 s on 2 CPU cores.
@@ -26,6 +26,9 @@ import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("stopped"))  # Ctrl-C, also while torch loads
+
 import matplotlib.pyplot as plt
 import torch
 import torch.nn as nn
@@ -35,6 +38,11 @@ from tqdm import tqdm
 # --------------------------------------------- config ---------------------------------------------
 
 NAME = Path(__file__).stem
+SAMPLING = ("device", "seed", "greedy", "temperature", "top_k", "top_p", "prompt", "max_new_tokens")
+TRAINING = ("max_steps", "learning_rate", "warmup_steps", "lr_floor", "grad_clip", "eval_interval")
+TRAINING += ("dropout", "beta2", "weight_decay")
+# Fields that a flag may change when a saved model is loaded; all others stay as they were in its training.
+MAY_CHANGE = {"evaluate": ("device",), "sample": SAMPLING, "resume": SAMPLING + TRAINING}
 
 
 @dataclass
@@ -61,38 +69,46 @@ class Config:
     grad_clip: float = 1.0  # a gradient with a larger Euclidean norm is scaled down to it
     eval_interval: int = 200  # steps between two estimates of the loss, with a checkpoint each
     eval_tokens: int = 20_000  # tokens of each split in such an estimate
+    greedy: bool = False  # always sample the likeliest token
     temperature: float = 1.0  # below 1: safer samples, above 1: bolder ones
     top_k: int = 0  # sample among the k likeliest tokens; 0: among all
     top_p: float = 1.0  # sample among the likeliest that together reach this probability
-    prompt: str = ""  # text to continue; empty: start from the first token of the vocabulary
+    prompt: str = ""  # text to continue, \n is a new line; empty: start from the first token
     max_new_tokens: int = 500  # tokens to sample
 
     def __post_init__(self):
         may_be_zero = ("seed", "warmup_steps", "lr_floor", "dropout", "weight_decay", "top_k")
         for name, value in vars(self).items():
-            limit = 2**31 if isinstance(value, int) else math.inf
-            if not isinstance(value, str) and not (0 < value < limit or (value == 0 and name in may_be_zero)):
-                sys.exit(f"error: --{name} {value} is impossible, it must be a positive number")
+            if type(value) in (int, float):  # bool and str can be anything
+                limit = 2**31 if type(value) is int else math.inf
+                if not (0 < value < limit or (value == 0 and name in may_be_zero)):
+                    sys.exit(f"error: --{name} {value} is impossible, it must be a positive number")
         if self.dropout >= 1 or self.beta2 >= 1 or self.top_p > 1:
             sys.exit("error: --dropout and --beta2 must be below 1 and --top_p at most 1")
+        if self.greedy and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
+            sys.exit("error: --greedy does not draw: leave out --temperature, --top_k and --top_p")
         if self.n_embd % self.n_head:
             sys.exit(f"error: --n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}")
 
 
 def parse_flags():
-    """Return the flags given on the command line, and only those, as a dict."""
+    """Return the mode and, as a dict, the flags given on the command line and only those."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"error: {message}; --help lists every flag")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--sample", action="store_true", help="do not train: continue the prompt")
-    mode.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument("--greedy", action="store_true", help="always sample the likeliest token")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--sample", action="store_true", help="no training: continue the prompt")
+    modes.add_argument("--evaluate", action="store_true", help="no training: measure the saved model")
+    meaning = "go on from the last checkpoint; with more --max_steps the step size rises again"
+    modes.add_argument("--resume", action="store_true", help=meaning)
     # --help shows the comment beside each field of Config
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
     for field in fields(Config):
-        meaning = f"{comments[field.name]} (default: {field.default!r})"
-        parser.add_argument(f"--{field.name}", type=field.type, default=argparse.SUPPRESS, help=meaning)
-    return vars(parser.parse_args())
+        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        meaning = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", **kind, default=argparse.SUPPRESS, help=meaning)
+    flags = vars(parser.parse_args())
+    mode = [name for name in MAY_CHANGE if flags.pop(name)] or ["train"]
+    return mode[0], flags
 
 
 def pick_device(name):
@@ -250,35 +266,54 @@ def evaluate(model, ids, config, max_tokens=None):
 
 def save_checkpoint(checkpoint, config):
     """Write to a temporary file, then rename: a write that is cut short harms nothing."""
-    temporary = Path(config.out_dir, "checkpoint.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-    temporary.replace(temporary.with_suffix(".pt"))
+    path = Path(config.out_dir, "checkpoint.pt")
+    torch.save(checkpoint, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
 
 
-def load_checkpoint(flags):
-    """Return the checkpoint and its Config, in which `flags` replace saved values; exits if unusable."""
-    path = Path(flags.get("out_dir", Config.out_dir), "checkpoint.pt")
+def keep_finished(config):
+    """Rename the checkpoint and the metrics of a finished run that a new one is about to replace."""
+    checkpoint, metrics = Path(config.out_dir, "checkpoint.pt"), Path(config.out_dir, "metrics.json")
+    if checkpoint.exists() and metrics.exists():
+        checkpoint.replace(checkpoint.with_suffix(".previous.pt"))
+        metrics.replace(metrics.with_suffix(".previous.json"))
+        print(f"\nthe model that was in {config.out_dir} is now checkpoint.previous.pt", file=sys.stderr)
+
+
+def load_checkpoint(mode, flags):
+    """Return the saved checkpoint and its Config with `flags` in it; exits if they do not go together."""
+    folder, kinds = flags.get("out_dir", Config.out_dir), {field.name: field.type for field in fields(Config)}
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
         if checkpoint["version"] != NAME:
             raise ValueError(f"saved by {checkpoint['version']}")
-        return checkpoint, Config(**checkpoint["config"] | flags)
-    except Exception as error:  # missing, truncated, or something else altogether
+        saved = {name: kinds[name](value) for name, value in checkpoint["config"].items()}
+        parts = ("vocab", "history", "step", "seconds", "model", "last", "optimizer")
+        if saved != checkpoint["config"] or any(checkpoint[part] is None for part in parts):
+            raise ValueError("damaged")
+    except Exception as error:  # a file that is missing, cut short or something else altogether
         reason = str(error).split("\n")[0]
-        sys.exit(f"error: no checkpoint of {NAME} in {path} ({reason}); train first: python {NAME}.py")
+        sys.exit(f"error: no checkpoint of {NAME} in {folder} ({reason}); train first: python {NAME}.py")
+    saved = asdict(Config(**saved)) | {"out_dir": folder}  # which may have been renamed since
+    may_change = MAY_CHANGE[mode]
+    if mode == "resume" and flags.get("max_steps", saved["max_steps"]) <= checkpoint["step"]:
+        may_change = SAMPLING  # nothing is left to train
+    if checkpoint["step"] < saved["max_steps"] and Path(folder, "checkpoint.previous.pt").exists():
+        hint = "to get back the finished one before it, rename checkpoint.previous.pt to checkpoint.pt"
+        print(f"note: the run in {folder} is not finished; {hint}", file=sys.stderr)
+    for name, value in flags.items():
+        if value != saved[name] and name not in may_change:
+            reason = (
+                f"--{mode} cannot change --{name}, {saved[name]!r} in the model of {checkpoint['step']} steps"
+            )
+            sys.exit(f"error: {reason}; leave out that flag or train anew")
+    return checkpoint, Config(**saved | flags)
 
 
-def load_weights(model, checkpoint, config):
-    """Copy the saved weights into `model`; exits if `config` is not the one they were trained with."""
-    kept = ("data", "tokenizer", "window", "norm", "position", "block_size", "batch_size", "eval_tokens")
-    for name, saved in checkpoint["config"].items():
-        if (name in kept or name.startswith("n_")) and getattr(config, name) != saved:
-            sys.exit(f"error: the saved model has --{name} {saved}; leave out that flag or train anew")
-    if config.max_steps < checkpoint["step"]:
-        sys.exit(f"error: --max_steps {config.max_steps} is less than the {checkpoint['step']} steps taken")
+def load_weights(model, weights):
+    """Copy saved weights, a dict of tensors, into `model`; exits if they do not fit."""
     try:
-        model.load_state_dict(checkpoint["model"])
+        model.load_state_dict(weights)
     except RuntimeError:
         sys.exit(f"error: the saved weights do not fit the model in {NAME}.py; train again")
 
@@ -302,16 +337,17 @@ def learning_rate_at(step, config):
 
 
 def train(model, train_ids, val_ids, config, checkpoint):
-    """Train to config.max_steps from where `checkpoint` stands, and save it at each estimate and on Ctrl-C.
+    """Train to config.max_steps from where `checkpoint` stands; save it at each estimate and later Ctrl-C.
 
     checkpoint["model"] holds the weights of the lowest val loss, checkpoint["last"] those to go on from.
     """
     optimizer = make_optimizer(model, config)
     if "last" in checkpoint:
-        model.load_state_dict(checkpoint["last"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        load_weights(model, checkpoint["last"])
+        settings = optimizer.state_dict()["param_groups"]  # of `config`, not of the saved run
+        optimizer.load_state_dict({"state": checkpoint["optimizer"], "param_groups": settings})
     stop = []  # Ctrl-C leaves a note here, to be read between two steps
-    signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    on_ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     start = time.perf_counter() - checkpoint["seconds"]
     steps = range(checkpoint["step"] + 1, config.max_steps + 1)
     for step in (bar := tqdm(steps, initial=checkpoint["step"], total=config.max_steps, unit="step")):
@@ -342,50 +378,59 @@ def train(model, train_ids, val_ids, config, checkpoint):
             checkpoint["history"].append(point)
             if val_loss == min(point["val_loss"] for point in checkpoint["history"]):
                 checkpoint["model"] = copy.deepcopy(model.state_dict())
-        if evaluate_now or stop_now:
-            if not checkpoint["history"]:
-                checkpoint["model"] = model.state_dict()
-            checkpoint.update(last=model.state_dict(), optimizer=optimizer.state_dict())
+        if evaluate_now or (stop_now and checkpoint["history"]):
+            if "last" not in checkpoint:  # the first save of a new run
+                keep_finished(config)
+            checkpoint.update(last=model.state_dict(), optimizer=optimizer.state_dict()["state"])
             checkpoint.update(config=asdict(config), step=step, seconds=time.perf_counter() - start)
             save_checkpoint(checkpoint, config)
-        if stop_now:
+        if stop_now and checkpoint["history"]:
             sys.exit(f"\nstopped after step {step} and saved; the same command with --resume goes on")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+        if stop_now:
+            sys.exit(f"\nstopped after step {step}; nothing is saved before the first estimate")
+    signal.signal(signal.SIGINT, on_ctrl_c)
     if stop:
-        raise KeyboardInterrupt
+        sys.exit("stopped")
 
 
-def report(model, train_ids, val_ids, config, checkpoint):
-    """Evaluate on the whole validation split; write metrics.json and loss.png; print a summary."""
-    history, tokens = checkpoint["history"], checkpoint["step"] * config.batch_size * config.block_size
+def report(model, tokenizer, train_ids, val_ids, config, checkpoint):
+    """Evaluate on the whole validation split; print a summary; return what metrics.json will hold."""
+    tokens = checkpoint["step"] * config.batch_size * config.block_size
     val_loss = evaluate(model, val_ids, config)
     metrics = {
-        "version": NAME,
         "params": sum(p.numel() for p in model.parameters()),
-        "steps": checkpoint["step"],
-        "tokens": tokens,
         "seconds": checkpoint["seconds"],
         "tokens_per_second": tokens / checkpoint["seconds"],
         "train_loss": evaluate(model, train_ids[: len(val_ids)], config),  # as much text as for val_loss
         "val_loss": val_loss,
         "perplexity": math.exp(min(val_loss, 700)),  # a float holds no more
         "bits_per_char": val_loss / math.log(2),
-        "history": history,
-        "config": asdict(config),
-        "torch": torch.__version__,
-        "device": val_ids.device.type,
-        "threads": torch.get_num_threads(),
     }
+    for name, value in metrics.items():
+        print(f"{name:>18} {value:,.4f}".removesuffix(".0000"))
+    print(f"{'files in':>18} {config.out_dir}\n")
+    nothing = math.log(len(tokenizer.vocab))  # the loss if every token is given the same probability
+    if val_loss > nothing:
+        print(f"note: to know nothing would give {nothing:.4f}; this text is too small to learn from\n")
+    metrics |= {"version": NAME, "tokens": tokens, "config": asdict(config), "torch": torch.__version__}
+    metrics |= {"device": val_ids.device.type, "threads": torch.get_num_threads()}
+    return metrics | {"steps": checkpoint["step"], "history": checkpoint["history"]}
+
+
+def save_report(metrics, sample, config):
+    """Write metrics.json, sample.txt and loss.png."""
     Path(config.out_dir, "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
-    fig, ax = plt.subplots()
-    for split in ("train_loss", "val_loss"):
-        ax.plot([point["step"] for point in history], [point[split] for point in history], ".-", label=split)
+    Path(config.out_dir, "sample.txt").write_text(sample, encoding="utf-8")
+    fig, ax = plt.subplots(layout="constrained")
+    for name in ("train_loss", "val_loss"):
+        points = [(point["step"], point[name]) for point in metrics["history"]]
+        ax.plot(*zip(*points, strict=True), ".-", label=name)
     ax.set(xlabel="step", ylabel="loss (nats per token)")
     ax.legend()
+    right = ax.twinx()  # the same ticks as perplexity
+    right.set(ylim=ax.get_ylim(), yticks=ax.get_yticks(), ylabel="perplexity")
+    right.yaxis.set_major_formatter(lambda loss, _: f"{math.exp(min(loss, 700)):,.1f}")
     fig.savefig(Path(config.out_dir, "loss.png"))
-    for name in ("params", "seconds", "tokens_per_second", "val_loss", "perplexity", "bits_per_char"):
-        print(f"{name:>18} {metrics[name]:,.4f}".removesuffix(".0000"))
-    print(f"{'files in':>18} {config.out_dir}\n")
 
 
 # -------------------------------------------- sampling --------------------------------------------
@@ -408,12 +453,12 @@ def sample_next(logits, config):
 
 
 @torch.inference_mode()
-def generate(model, idx, config, greedy=False):
+def generate(model, idx, config):
     """Continue token ids `idx` (B, T) by config.max_new_tokens; return (B, T + max_new_tokens)."""
     model.eval()
     for _ in range(config.max_new_tokens):
         logits = model(idx[:, -config.block_size :])[:, -1]  # (B, V), what follows the last position
-        if greedy:
+        if config.greedy:
             next_id = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
         else:
             next_id = sample_next(logits, config)
@@ -425,41 +470,42 @@ def generate(model, idx, config, greedy=False):
 
 
 def main():
-    flags = parse_flags()
-    sample_only, resume, greedy = (flags.pop(name) for name in ("sample", "resume", "greedy"))
-    if sample_only or resume:
-        checkpoint, config = load_checkpoint(flags)
-    else:
+    mode, flags = parse_flags()
+    if mode == "train":
         config = Config(**flags)
         vocab = "".join(sorted(set(load_text(config))))
         checkpoint = {"version": NAME, "vocab": vocab, "step": 0, "seconds": 0.0, "history": []}
+    else:
+        checkpoint, config = load_checkpoint(mode, flags)
     tokenizer = CharTokenizer(checkpoint["vocab"])
     device = pick_device(config.device)
-    prompt = torch.tensor([tokenizer.encode(config.prompt) or [0]], device=device)  # (1, T), never empty
+    first = [0]  # where a sample starts if there is no prompt
+    prompt = torch.tensor([tokenizer.encode(config.prompt.replace("\\n", "\n")) or first], device=device)
+    if mode != "sample":
+        train_ids, val_ids = load_splits(config, tokenizer, device)
 
     torch.manual_seed(config.seed)
     model = LanguageModel(config, len(tokenizer.vocab)).to(device)
-    if sample_only or resume:
-        load_weights(model, checkpoint, config)
-    if not sample_only:
-        train_ids, val_ids = load_splits(config, tokenizer, device)
-        Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+    if mode != "train":
+        load_weights(model, checkpoint["model"])
+    if training := mode in ("train", "resume"):
+        try:
+            Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            sys.exit(f"error: cannot write to {config.out_dir} ({error}); name another folder: --out_dir")
         train(model, train_ids, val_ids, config, checkpoint)
         model.load_state_dict(checkpoint["model"])
-        report(model, train_ids, val_ids, config, checkpoint)
-
-    torch.manual_seed(config.seed)
-    sample = tokenizer.decode(generate(model, prompt, config, greedy)[0].tolist())
-    if not sample_only:
-        Path(config.out_dir, "sample.txt").write_text(sample, encoding="utf-8")
-    print(sample)
+    if mode != "sample":
+        metrics = report(model, tokenizer, train_ids, val_ids, config, checkpoint)
+    if mode != "evaluate":
+        torch.manual_seed(config.seed)
+        sample = tokenizer.decode(generate(model, prompt, config)[0].tolist())  # prompt: (1, T)
+        print(sample)
+    if training:
+        save_report(metrics, sample, config)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # print even what the terminal has no character for
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("stopped")
-    except OSError as error:
-        sys.exit(f"error: {error}")
+    if hasattr(sys.stdout, "reconfigure"):  # the stdout of IDLE and of some notebooks is no file
+        sys.stdout.reconfigure(errors="replace")  # print even what the terminal has no character for
+    main()

@@ -2,14 +2,13 @@
 
 Attention sees a set; only the causal mask hints at an order. A position can be a vector that is added to the
 token, learned as before or made of sines. It can also go into the scores: RoPE turns queries and keys, ALiBi
-charges for distance. Neither has a last position; whether longer windows work is what --compare measures. A
+charges for distance. Neither has a last position: --context makes a sample look back beyond block_size. A
 token may now be a piece of a word. The defaults are a better recipe too: --position learned shows its share.
 
 Since v3_gpt.py
-  added:    NORMS, POSITIONS, RMSNorm, alibi_bias, apply_rope, compare_positions, kind_of, losses_at,
-            plot_embeddings, position_angles, run, sinusoidal_embedding
-  changed:  Config, LanguageModel, MultiHeadAttention, TransformerBlock, evaluate, generate, main,
-            parse_flags, report
+  added:    NORMS, POSITIONS, RMSNorm, alibi_bias, apply_rope, position_angles, rope_rotation,
+            sinusoidal_embedding
+  changed:  Config, LanguageModel, MultiHeadAttention, SAMPLING, TransformerBlock, generate, main, report
   removed:  -
 
 Result: val loss 1.5289, 2.21 bits/char, 808,448 parameters, 161 s on 2 CPU cores.
@@ -26,8 +25,11 @@ import re
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("stopped"))  # Ctrl-C, also while torch loads
 
 import matplotlib.pyplot as plt
 import torch
@@ -35,12 +37,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from bpe_tokenizer import BPETokenizer
+from bpe_tokenizer import BPETokenizer, TokenizerError
 
 # --------------------------------------------- config ---------------------------------------------
 
 NAME = Path(__file__).stem
 POSITIONS = ("learned", "sinusoidal", "rope", "alibi", "none")
+SAMPLING = ("device", "seed", "greedy", "temperature", "top_k", "top_p", "prompt", "max_new_tokens")
+SAMPLING += ("context", "position_base", "position_scale")
+TRAINING = ("max_steps", "learning_rate", "warmup_steps", "lr_floor", "grad_clip", "eval_interval")
+TRAINING += ("dropout", "beta2", "weight_decay")
+# Fields that a flag may change when a saved model is loaded; all others stay as they were in its training.
+MAY_CHANGE = {"evaluate": ("device",), "sample": SAMPLING, "resume": SAMPLING + TRAINING}
 
 
 @dataclass
@@ -60,7 +68,7 @@ class Config:
     init_std: float = 0.1  # standard deviation of the matrices before training
     norm: str = "layernorm"  # layernorm or rmsnorm
     position: str = "rope"  # learned, sinusoidal, rope, alibi or none
-    position_base: float = 10_000.0  # sinusoidal, rope: the slowest angle grows by about 1 / this a token
+    position_base: float = 10_000.0  # sinusoidal, rope: the larger, the slower the slow angles turn
     position_scale: float = 1.0  # sinusoidal, rope: positions are divided by this
     dropout: float = 0.0  # share of activations set to zero in training
     max_steps: int = 2200  # optimizer steps
@@ -72,21 +80,25 @@ class Config:
     grad_clip: float = 1.0  # a gradient with a larger Euclidean norm is scaled down to it
     eval_interval: int = 200  # steps between two estimates of the loss, with a checkpoint each
     eval_tokens: int = 20_000  # tokens of each split in such an estimate
+    greedy: bool = False  # always sample the likeliest token
     temperature: float = 1.0  # below 1: safer samples, above 1: bolder ones
     top_k: int = 0  # sample among the k likeliest tokens; 0: among all
     top_p: float = 1.0  # sample among the likeliest that together reach this probability
-    prompt: str = ""  # text to continue; empty: start from the first character, with BPE from a new line
+    prompt: str = ""  # text to continue, \n is a new line; empty: the first character, with BPE a new line
     max_new_tokens: int = 500  # tokens to sample
     context: int = 0  # tokens that a sample can look back on; 0: block_size
 
     def __post_init__(self):
         may_be_zero = ("seed", "warmup_steps", "lr_floor", "dropout", "weight_decay", "top_k", "context")
         for name, value in vars(self).items():
-            limit = 2**31 if isinstance(value, int) else math.inf
-            if not isinstance(value, str) and not (0 < value < limit or (value == 0 and name in may_be_zero)):
-                sys.exit(f"error: --{name} {value} is impossible, it must be a positive number")
+            if type(value) in (int, float):  # bool and str can be anything
+                limit = 2**31 if type(value) is int else math.inf
+                if not (0 < value < limit or (value == 0 and name in may_be_zero)):
+                    sys.exit(f"error: --{name} {value} is impossible, it must be a positive number")
         if self.dropout >= 1 or self.beta2 >= 1 or self.top_p > 1:
             sys.exit("error: --dropout and --beta2 must be below 1 and --top_p at most 1")
+        if self.greedy and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
+            sys.exit("error: --greedy does not draw: leave out --temperature, --top_k and --top_p")
         if self.n_embd % self.n_head:
             sys.exit(f"error: --n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}")
         if self.position not in POSITIONS or self.norm not in NORMS:
@@ -95,23 +107,29 @@ class Config:
             sys.exit(f"error: --n_embd {self.n_embd} must give every head an even number, RoPE turns pairs")
         if self.position == "learned" and self.context > self.block_size:
             sys.exit("error: --position learned has no vectors beyond --block_size: lower --context")
+        angles = (self.position_base, self.position_scale)
+        if angles != (10_000, 1) and self.position not in ("sinusoidal", "rope"):
+            sys.exit(f"error: --position {self.position} has no --position_base and no --position_scale")
 
 
 def parse_flags():
-    """Return the flags given on the command line, and only those, as a dict."""
+    """Return the mode and, as a dict, the flags given on the command line and only those."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"error: {message}; --help lists every flag")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--sample", action="store_true", help="do not train: continue the prompt")
-    mode.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument("--compare", action="store_true", help="train and compare every --position")
-    parser.add_argument("--greedy", action="store_true", help="always sample the likeliest token")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--sample", action="store_true", help="no training: continue the prompt")
+    modes.add_argument("--evaluate", action="store_true", help="no training: measure the saved model")
+    meaning = "go on from the last checkpoint; with more --max_steps the step size rises again"
+    modes.add_argument("--resume", action="store_true", help=meaning)
     # --help shows the comment beside each field of Config
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
     for field in fields(Config):
-        meaning = f"{comments[field.name]} (default: {field.default!r})"
-        parser.add_argument(f"--{field.name}", type=field.type, default=argparse.SUPPRESS, help=meaning)
-    return vars(parser.parse_args())
+        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        meaning = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", **kind, default=argparse.SUPPRESS, help=meaning)
+    flags = vars(parser.parse_args())
+    mode = [name for name in MAY_CHANGE if flags.pop(name)] or ["train"]
+    return mode[0], flags
 
 
 def pick_device(name):
@@ -192,29 +210,34 @@ class RMSNorm(nn.Module):
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": RMSNorm}
 
 
-def position_angles(x, config):
-    """Angles (T, D / 2) in radians for x (..., T, D): number i at position t is t * base^(-2i / D)."""
-    T, D = x.shape[-2:]
-    positions = torch.arange(T, device=x.device) / config.position_scale  # interpolation: Chen et al. 2023
-    exponents = torch.arange(0, D, 2, device=x.device) / D  # 2i / D
+def position_angles(T, D, config, device):
+    """Angles (T, D / 2) in radians: number i at position t is t * base^(-2i / D)."""
+    positions = torch.arange(T, device=device) / config.position_scale  # interpolation: Chen et al. 2023
+    exponents = torch.arange(0, D, 2, device=device) / D  # 2i / D
     return torch.outer(positions, 1 / config.position_base**exponents)
 
 
-def sinusoidal_embedding(x, config):
-    """Vectors (T, C) of Vaswani et al. 2017, x is (B, T, C): angle i's sine in column 2i, then its cosine."""
-    angles = position_angles(x, config)
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, : x.shape[-1]]
+def sinusoidal_embedding(T, config, device):
+    """Vectors (T, C) of Vaswani et al. 2017: the sine of angle i in column 2i, its cosine in the next."""
+    angles = position_angles(T, config.n_embd, config, device)
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, : config.n_embd]
 
 
-def apply_rope(x, config):
+def rope_rotation(T, config, device):
+    """Cosines and sines (2, T, head_size / 2) of the angles by which RoPE turns queries and keys."""
+    angles = position_angles(T, config.n_embd // config.n_head, config, device)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def apply_rope(x, rotation):
     """RoPE (Su et al. 2021): turn each pair (x_i, x_{i + D/2}) of x (B, n_head, T, D) by angle i.
 
     Then the dot product of a query and a key depends on their positions only by the distance. The pairs are
-    those of GPT-NeoX and of LLaMA in transformers; the paper pairs neighbours.
+    those of GPT-NeoX and of LLaMA in transformers; the paper and Meta's LLaMA pair neighbours.
     """
-    angles = position_angles(x, config).repeat(1, 2)  # (T, D)
-    a, b = x.chunk(2, dim=-1)
-    return x * angles.cos() + torch.cat([-b, a], dim=-1) * angles.sin()
+    cos, sin = rotation
+    a, b = x.chunk(2, dim=-1)  # each (B, n_head, T, D / 2)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 def alibi_bias(T, config, device):
@@ -239,13 +262,12 @@ class MultiHeadAttention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x):
+    def forward(self, x, rotation, bias):
         """(B, T, C) to (B, T, C)."""
         qkv = self.qkv(x).unflatten(2, (3, self.config.n_head, -1))  # (B, T, 3, n_head, head_size)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_size)
-        if self.config.position == "rope":
-            q, k = apply_rope(q, self.config), apply_rope(k, self.config)
-        bias = alibi_bias(x.shape[1], self.config, x.device) if self.config.position == "alibi" else None
+        if rotation is not None:
+            q, k = apply_rope(q, rotation), apply_rope(k, rotation)
         x = F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None)
         return self.proj(x.transpose(1, 2).flatten(2))
 
@@ -265,9 +287,9 @@ class TransformerBlock(nn.Module):
         )
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
+    def forward(self, x, rotation, bias):
         """(B, T, C) to (B, T, C)."""
-        x = x + self.dropout(self.attention(self.norm1(x)))
+        x = x + self.dropout(self.attention(self.norm1(x), rotation, bias))
         x = x + self.dropout(self.mlp(self.norm2(x)))
         return x
 
@@ -297,22 +319,30 @@ class LanguageModel(nn.Module):
     def forward(self, idx):
         """Token ids (B, T) to next-token logits (B, T, V)."""
         x = self.token_embedding(idx)  # (B, T, C)
-        if self.config.position == "learned":
-            x = x + self.position_embedding(torch.arange(idx.shape[1], device=idx.device))
-        if self.config.position == "sinusoidal":
-            x = x * math.sqrt(self.config.n_embd) + sinusoidal_embedding(x, self.config)
-        return self.head(self.norm(self.blocks(self.dropout(x))))
+        T, position = idx.shape[1], self.config.position
+        rotation = bias = None  # of the attention, the same in every block
+        if position == "learned":
+            x = x + self.position_embedding(torch.arange(T, device=idx.device))
+        elif position == "sinusoidal":
+            x = x * math.sqrt(self.config.n_embd) + sinusoidal_embedding(T, self.config, idx.device)
+        elif position == "rope":
+            rotation = rope_rotation(T, self.config, idx.device)
+        elif position == "alibi":
+            bias = alibi_bias(T, self.config, idx.device)
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, rotation, bias)
+        return self.head(self.norm(x))
 
 
 # -------------------------------------------- training --------------------------------------------
 
 
 @torch.inference_mode()
-def evaluate(model, ids, config, max_tokens=None, skip=0):
+def evaluate(model, ids, config, max_tokens=None):
     """Mean loss in nats per token over consecutive windows of `ids` (N,), every token predicted once.
 
     With `max_tokens`, over evenly spread windows of about that many tokens: fixed, and cheap to repeat.
-    With `skip`, without the first `skip` tokens of each window.
     """
     T = config.block_size
     padding = -(len(ids) - 1) % T  # fills up the last window; cross_entropy skips targets of -100
@@ -321,7 +351,6 @@ def evaluate(model, ids, config, max_tokens=None, skip=0):
     if max_tokens:
         stride = max(1, len(ids) // max_tokens)
         x, y = x[::stride], y[::stride]
-    y[:, :skip] = -100
     model.eval()
     total = 0.0
     for xb, yb in zip(x.split(config.batch_size), y.split(config.batch_size), strict=True):
@@ -332,35 +361,54 @@ def evaluate(model, ids, config, max_tokens=None, skip=0):
 
 def save_checkpoint(checkpoint, config):
     """Write to a temporary file, then rename: a write that is cut short harms nothing."""
-    temporary = Path(config.out_dir, "checkpoint.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-    temporary.replace(temporary.with_suffix(".pt"))
+    path = Path(config.out_dir, "checkpoint.pt")
+    torch.save(checkpoint, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
 
 
-def load_checkpoint(flags):
-    """Return the checkpoint and its Config, in which `flags` replace saved values; exits if unusable."""
-    path = Path(flags.get("out_dir", Config.out_dir), "checkpoint.pt")
+def keep_finished(config):
+    """Rename the checkpoint and the metrics of a finished run that a new one is about to replace."""
+    checkpoint, metrics = Path(config.out_dir, "checkpoint.pt"), Path(config.out_dir, "metrics.json")
+    if checkpoint.exists() and metrics.exists():
+        checkpoint.replace(checkpoint.with_suffix(".previous.pt"))
+        metrics.replace(metrics.with_suffix(".previous.json"))
+        print(f"\nthe model that was in {config.out_dir} is now checkpoint.previous.pt", file=sys.stderr)
+
+
+def load_checkpoint(mode, flags):
+    """Return the saved checkpoint and its Config with `flags` in it; exits if they do not go together."""
+    folder, kinds = flags.get("out_dir", Config.out_dir), {field.name: field.type for field in fields(Config)}
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
         if checkpoint["version"] != NAME:
             raise ValueError(f"saved by {checkpoint['version']}")
-        return checkpoint, Config(**checkpoint["config"] | flags)
-    except Exception as error:  # missing, truncated, or something else altogether
+        saved = {name: kinds[name](value) for name, value in checkpoint["config"].items()}
+        parts = ("vocab", "history", "step", "seconds", "model", "last", "optimizer")
+        if saved != checkpoint["config"] or any(checkpoint[part] is None for part in parts):
+            raise ValueError("damaged")
+    except Exception as error:  # a file that is missing, cut short or something else altogether
         reason = str(error).split("\n")[0]
-        sys.exit(f"error: no checkpoint of {NAME} in {path} ({reason}); train first: python {NAME}.py")
+        sys.exit(f"error: no checkpoint of {NAME} in {folder} ({reason}); train first: python {NAME}.py")
+    saved = asdict(Config(**saved)) | {"out_dir": folder}  # which may have been renamed since
+    may_change = MAY_CHANGE[mode]
+    if mode == "resume" and flags.get("max_steps", saved["max_steps"]) <= checkpoint["step"]:
+        may_change = SAMPLING  # nothing is left to train
+    if checkpoint["step"] < saved["max_steps"] and Path(folder, "checkpoint.previous.pt").exists():
+        hint = "to get back the finished one before it, rename checkpoint.previous.pt to checkpoint.pt"
+        print(f"note: the run in {folder} is not finished; {hint}", file=sys.stderr)
+    for name, value in flags.items():
+        if value != saved[name] and name not in may_change:
+            reason = (
+                f"--{mode} cannot change --{name}, {saved[name]!r} in the model of {checkpoint['step']} steps"
+            )
+            sys.exit(f"error: {reason}; leave out that flag or train anew")
+    return checkpoint, Config(**saved | flags)
 
 
-def load_weights(model, checkpoint, config):
-    """Copy the saved weights into `model`; exits if `config` is not the one they were trained with."""
-    kept = ("data", "tokenizer", "window", "norm", "position", "block_size", "batch_size", "eval_tokens")
-    for name, saved in checkpoint["config"].items():
-        if (name in kept or name.startswith("n_")) and getattr(config, name) != saved:
-            sys.exit(f"error: the saved model has --{name} {saved}; leave out that flag or train anew")
-    if config.max_steps < checkpoint["step"]:
-        sys.exit(f"error: --max_steps {config.max_steps} is less than the {checkpoint['step']} steps taken")
+def load_weights(model, weights):
+    """Copy saved weights, a dict of tensors, into `model`; exits if they do not fit."""
     try:
-        model.load_state_dict(checkpoint["model"])
+        model.load_state_dict(weights)
     except RuntimeError:
         sys.exit(f"error: the saved weights do not fit the model in {NAME}.py; train again")
 
@@ -384,16 +432,17 @@ def learning_rate_at(step, config):
 
 
 def train(model, train_ids, val_ids, config, checkpoint):
-    """Train to config.max_steps from where `checkpoint` stands, and save it at each estimate and on Ctrl-C.
+    """Train to config.max_steps from where `checkpoint` stands; save it at each estimate and later Ctrl-C.
 
     checkpoint["model"] holds the weights of the lowest val loss, checkpoint["last"] those to go on from.
     """
     optimizer = make_optimizer(model, config)
     if "last" in checkpoint:
-        model.load_state_dict(checkpoint["last"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        load_weights(model, checkpoint["last"])
+        settings = optimizer.state_dict()["param_groups"]  # of `config`, not of the saved run
+        optimizer.load_state_dict({"state": checkpoint["optimizer"], "param_groups": settings})
     stop = []  # Ctrl-C leaves a note here, to be read between two steps
-    signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    on_ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     start = time.perf_counter() - checkpoint["seconds"]
     steps = range(checkpoint["step"] + 1, config.max_steps + 1)
     for step in (bar := tqdm(steps, initial=checkpoint["step"], total=config.max_steps, unit="step")):
@@ -424,80 +473,60 @@ def train(model, train_ids, val_ids, config, checkpoint):
             checkpoint["history"].append(point)
             if val_loss == min(point["val_loss"] for point in checkpoint["history"]):
                 checkpoint["model"] = copy.deepcopy(model.state_dict())
-        if evaluate_now or stop_now:
-            if not checkpoint["history"]:
-                checkpoint["model"] = model.state_dict()
-            checkpoint.update(last=model.state_dict(), optimizer=optimizer.state_dict())
+        if evaluate_now or (stop_now and checkpoint["history"]):
+            if "last" not in checkpoint:  # the first save of a new run
+                keep_finished(config)
+            checkpoint.update(last=model.state_dict(), optimizer=optimizer.state_dict()["state"])
             checkpoint.update(config=asdict(config), step=step, seconds=time.perf_counter() - start)
             save_checkpoint(checkpoint, config)
-        if stop_now:
+        if stop_now and checkpoint["history"]:
             sys.exit(f"\nstopped after step {step} and saved; the same command with --resume goes on")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+        if stop_now:
+            sys.exit(f"\nstopped after step {step}; nothing is saved before the first estimate")
+    signal.signal(signal.SIGINT, on_ctrl_c)
     if stop:
-        raise KeyboardInterrupt
-
-
-def kind_of(token):
-    """The kind of a token by its first character that is no space, for its colour in embeddings.png."""
-    first = token.strip()[:1]
-    if not first.isalpha():
-        return "digit" if first.isdigit() else "punctuation, space"
-    return "capital" if first.isupper() else "vowel" if first in "aeiou" else "consonant"
-
-
-def plot_embeddings(model, tokenizer, ids, config):
-    """Write embeddings.png: the 100 most frequent tokens of `ids` (N,) in two principal components."""
-    ids, counts = ids.cpu().unique(return_counts=True)
-    ids = ids[counts.argsort(descending=True)[:100]]
-    tokens = [tokenizer.decode([i]) for i in ids.tolist()]
-    vectors = model.token_embedding.weight.detach().cpu()[ids]  # (100, C)
-    _, _, axes = torch.linalg.svd(F.pad(vectors - vectors.mean(dim=0), (0, 1)))  # C + 1: at least two axes
-    points = (F.pad(vectors, (0, 1)) @ axes[:2].T).numpy()
-    fig, ax = plt.subplots(figsize=(9, 6), layout="constrained")
-    for color, kind in enumerate(("vowel", "consonant", "capital", "digit", "punctuation, space")):
-        members = [i for i, token in enumerate(tokens) if kind_of(token) == kind]
-        ax.scatter(*points[members].T, 200, f"C{color}", alpha=0.15, label=kind)
-        for i in members:
-            label = repr(tokens[i])[1:-1].replace(" ", "\u2423")
-            ax.text(*points[i], label, color=f"C{color}", ha="center", va="center", parse_math=False)
-    ax.set(xlabel="first principal component", ylabel="second principal component")
-    fig.legend(title="first character", loc="outside right upper")
-    fig.savefig(Path(config.out_dir, "embeddings.png"))
+        sys.exit("stopped")
 
 
 def report(model, tokenizer, train_ids, val_ids, config, checkpoint):
-    """Evaluate on the whole validation split; write metrics.json and the pictures; print a summary."""
-    history, tokens = checkpoint["history"], checkpoint["step"] * config.batch_size * config.block_size
+    """Evaluate on the whole validation split; print a summary; return what metrics.json will hold."""
+    tokens = checkpoint["step"] * config.batch_size * config.block_size
     val_loss = evaluate(model, val_ids, config)
     n_chars = len(tokenizer.decode(val_ids[1:].tolist()))  # a token may be several characters
     metrics = {
-        "version": NAME,
         "params": sum(p.numel() for p in model.parameters()),
-        "steps": checkpoint["step"],
-        "tokens": tokens,
         "seconds": checkpoint["seconds"],
         "tokens_per_second": tokens / checkpoint["seconds"],
         "train_loss": evaluate(model, train_ids[: len(val_ids)], config),  # as much text as for val_loss
         "val_loss": val_loss,
         "perplexity": math.exp(min(val_loss, 700)),  # a float holds no more
         "bits_per_char": val_loss * (len(val_ids) - 1) / n_chars / math.log(2),
-        "history": history,
-        "config": asdict(config),
-        "torch": torch.__version__,
-        "device": val_ids.device.type,
-        "threads": torch.get_num_threads(),
     }
+    for name, value in metrics.items():
+        print(f"{name:>18} {value:,.4f}".removesuffix(".0000"))
+    print(f"{'files in':>18} {config.out_dir}\n")
+    nothing = math.log(len(tokenizer.vocab))  # the loss if every token is given the same probability
+    if val_loss > nothing:
+        print(f"note: to know nothing would give {nothing:.4f}; this text is too small to learn from\n")
+    metrics |= {"version": NAME, "tokens": tokens, "config": asdict(config), "torch": torch.__version__}
+    metrics |= {"device": val_ids.device.type, "threads": torch.get_num_threads()}
+    return metrics | {"steps": checkpoint["step"], "history": checkpoint["history"]}
+
+
+def save_report(metrics, sample, config):
+    """Write metrics.json, sample.txt and loss.png."""
     Path(config.out_dir, "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
-    fig, ax = plt.subplots()
-    for split in ("train_loss", "val_loss"):
-        ax.plot([point["step"] for point in history], [point[split] for point in history], ".-", label=split)
+    Path(config.out_dir, "sample.txt").write_text(sample, encoding="utf-8")
+    fig, ax = plt.subplots(layout="constrained")
+    for name in ("train_loss", "val_loss"):
+        points = [(point["step"], point[name]) for point in metrics["history"]]
+        ax.plot(*zip(*points, strict=True), ".-", label=name)
     ax.set(xlabel="step", ylabel="loss (nats per token)")
     ax.legend()
+    right = ax.twinx()  # the same ticks as perplexity
+    right.set(ylim=ax.get_ylim(), yticks=ax.get_yticks(), ylabel="perplexity")
+    right.yaxis.set_major_formatter(lambda loss, _: f"{math.exp(min(loss, 700)):,.1f}")
     fig.savefig(Path(config.out_dir, "loss.png"))
-    plot_embeddings(model, tokenizer, train_ids, config)
-    for name in ("params", "seconds", "tokens_per_second", "val_loss", "perplexity", "bits_per_char"):
-        print(f"{name:>18} {metrics[name]:,.4f}".removesuffix(".0000"))
-    print(f"{'files in':>18} {config.out_dir}\n")
 
 
 # -------------------------------------------- sampling --------------------------------------------
@@ -520,13 +549,13 @@ def sample_next(logits, config):
 
 
 @torch.inference_mode()
-def generate(model, idx, config, greedy=False):
+def generate(model, idx, config):
     """Continue token ids `idx` (B, T) by config.max_new_tokens; return (B, T + max_new_tokens)."""
     model.eval()
     for _ in range(config.max_new_tokens):
         context = config.context or config.block_size
         logits = model(idx[:, -context:])[:, -1]  # (B, V), what follows the last position
-        if greedy:
+        if config.greedy:
             next_id = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
         else:
             next_id = sample_next(logits, config)
@@ -537,109 +566,50 @@ def generate(model, idx, config, greedy=False):
 # ---------------------------------------------- main ----------------------------------------------
 
 
-def run(flags, sample_only=False, resume=False, greedy=False):
-    """Train unless `sample_only`, then sample; return the model and the tokenizer."""
-    if sample_only or resume:
-        checkpoint, config = load_checkpoint(flags)
-    else:
+def main():
+    mode, flags = parse_flags()
+    if mode == "train":
         config = Config(**flags)
         if config.tokenizer == "char":
             vocab = "".join(sorted(set(load_text(config))))
         else:
             vocab = BPETokenizer.load(config.tokenizer).to_dict()
         checkpoint = {"version": NAME, "vocab": vocab, "step": 0, "seconds": 0.0, "history": []}
-    vocab = checkpoint["vocab"]
-    tokenizer = CharTokenizer(vocab) if isinstance(vocab, str) else BPETokenizer.from_dict(vocab)
+    else:
+        checkpoint, config = load_checkpoint(mode, flags)
+    bpe = isinstance(checkpoint["vocab"], dict)
+    tokenizer = (BPETokenizer.from_dict if bpe else CharTokenizer)(checkpoint["vocab"])
+    first = tokenizer.encode("\n") if bpe else [0]  # where a sample starts if there is no prompt
     device = pick_device(config.device)
-    first = [0] if isinstance(vocab, str) else tokenizer.encode("\n")
-    prompt = torch.tensor([tokenizer.encode(config.prompt) or first], device=device)  # (1, T), never empty
+    prompt = torch.tensor([tokenizer.encode(config.prompt.replace("\\n", "\n")) or first], device=device)
+    if mode != "sample":
+        train_ids, val_ids = load_splits(config, tokenizer, device)
 
     torch.manual_seed(config.seed)
     model = LanguageModel(config, len(tokenizer.vocab)).to(device)
-    if sample_only or resume:
-        load_weights(model, checkpoint, config)
-    if not sample_only:
-        train_ids, val_ids = load_splits(config, tokenizer, device)
-        Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+    if mode != "train":
+        load_weights(model, checkpoint["model"])
+    if training := mode in ("train", "resume"):
+        try:
+            Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            sys.exit(f"error: cannot write to {config.out_dir} ({error}); name another folder: --out_dir")
         train(model, train_ids, val_ids, config, checkpoint)
         model.load_state_dict(checkpoint["model"])
-        report(model, tokenizer, train_ids, val_ids, config, checkpoint)
-
-    torch.manual_seed(config.seed)
-    sample = tokenizer.decode(generate(model, prompt, config, greedy)[0].tolist())
-    if not sample_only:
-        Path(config.out_dir, "sample.txt").write_text(sample, encoding="utf-8")
-    print(sample)
-    return model, tokenizer
-
-
-def losses_at(model, ids, n, scale):
-    """Losses on `ids` (N,) in windows of n * block_size, positions divided by `scale`.
-
-    Both in nats per token, of the whole window and of its last quarter.
-    """
-    T, rows = n * model.config.block_size, max(1, model.config.batch_size // n)
-    config = replace(model.config, block_size=T, batch_size=rows, position_scale=scale)
-    longer = LanguageModel(config, model.head.out_features).to(ids.device)
-    longer.load_state_dict(model.state_dict())
-    return [evaluate(longer, ids, config, skip=skip) for skip in (0, 3 * T // 4)]
-
-
-def compare_positions(flags, resume=False, greedy=False):
-    """Train every position scheme alike, then test each in windows of 1, 2, 4 and 8 times block_size.
-
-    Each run gets a folder of its own. Write positions.png and the table positions.txt; return the losses.
-    """
-    out_dir, losses = Config(**flags).out_dir, {}
-    for position in POSITIONS:
-        own = flags | {"position": position, "out_dir": f"{out_dir}/{position}"}
-        saved = Path(own["out_dir"], "checkpoint.pt").exists()
-        model, tokenizer = run(own, resume=resume and saved, greedy=greedy)
-        flags = asdict(model.config)  # a resumed run knows its flags: so the next is trained alike
-        _, val_ids = load_splits(model.config, tokenizer, model.head.weight.device)
-        longest = 1 if position == "learned" else len(val_ids) // model.config.block_size
-        times, scale = [n for n in (1, 2, 4, 8) if n <= longest], model.config.position_scale
-        losses[position] = {n * model.config.block_size: losses_at(model, val_ids, n, scale) for n in times}
-        if position == "rope":
-            row = {n * model.config.block_size: losses_at(model, val_ids, n, n * scale) for n in times}
-            losses["rope, interpolated"] = row
-
-    windows = list(losses["none"])
-    table = "val loss of the whole window / of its last quarter\n"
-    table += f"{'window':>18}" + "".join(f"{T:>18}" for T in windows) + "\n"
-    fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for name, row in losses.items():
-        cells = [f"   {whole:.4f} / {last:.4f}" for whole, last in row.values()]
-        table += f"{name:>18}" + "".join(cells) + "\n"
-        for ax, part in zip(axes, zip(*row.values(), strict=True), strict=True):
-            ax.plot(row.keys(), part, "o-", label=name)
-    for ax, part in zip(axes, ("the whole window", "its last quarter"), strict=True):
-        ax.set(title=f"mean over {part}", xscale="log", xlabel="window (tokens)", xticks=windows)
-        ax.set(xticklabels=windows, ylabel="val loss (nats per token)")
-        ax.minorticks_off()
-    axes[0].legend()
-    fig.savefig(Path(out_dir, "positions.png"))
-    Path(out_dir, "positions.txt").write_text(table, encoding="utf-8")
-    print(table)
-    return losses
-
-
-def main():
-    flags = parse_flags()
-    sample_only, resume, compare, greedy = (flags.pop(x) for x in ("sample", "resume", "compare", "greedy"))
-    if compare and (sample_only or "position" in flags):
-        sys.exit("error: --compare trains with every --position: leave out --sample and --position")
-    if compare:
-        compare_positions(flags, resume, greedy)
-    else:
-        run(flags, sample_only, resume, greedy)
+    if mode != "sample":
+        metrics = report(model, tokenizer, train_ids, val_ids, config, checkpoint)
+    if mode != "evaluate":
+        torch.manual_seed(config.seed)
+        sample = tokenizer.decode(generate(model, prompt, config)[0].tolist())  # prompt: (1, T)
+        print(sample)
+    if training:
+        save_report(metrics, sample, config)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # print even what the terminal has no character for
+    if hasattr(sys.stdout, "reconfigure"):  # the stdout of IDLE and of some notebooks is no file
+        sys.stdout.reconfigure(errors="replace")  # print even what the terminal has no character for
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit("stopped")
-    except (OSError, ValueError) as error:
+    except TokenizerError as error:  # the vocabulary file, or a prompt that is no text
         sys.exit(f"error: {error}")
