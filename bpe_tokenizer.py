@@ -26,7 +26,7 @@ from itertools import chain, islice, pairwise
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("stopped"))  # Ctrl-C
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends the program
 
 import numpy as np
 import regex

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("stopped"))  # Ctrl-C, also while torch loads
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends the program, also while torch loads
 
 import matplotlib.pyplot as plt
 import torch
@@ -394,7 +394,9 @@ def report(model, tokenizer, train_ids, val_ids, config, checkpoint):
     print(f"{'files in':>18} {config.out_dir}\n")
     nothing = math.log(len(tokenizer.vocab))  # the loss if every token is given the same probability
     if val_loss > nothing:
-        print(f"note: to know nothing would give {nothing:.4f}; this text is too small to learn from\n")
+        print(
+            f"note: knowing nothing gives {nothing:.4f}: too small a text, too few steps or too large a rate\n"
+        )
     metrics |= {"version": NAME, "tokens": tokens, "config": asdict(config), "torch": torch.__version__}
     metrics |= {"device": val_ids.device.type, "threads": torch.get_num_threads()}
     return metrics | {"steps": checkpoint["step"], "history": checkpoint["history"]}
@@ -412,7 +414,7 @@ def save_report(metrics, sample, config):
     ax.legend()
     right = ax.twinx()  # the same ticks as perplexity
     right.set(ylim=ax.get_ylim(), yticks=ax.get_yticks(), ylabel="perplexity")
-    right.yaxis.set_major_formatter(lambda loss, _: f"{math.exp(min(loss, 700)):,.1f}")
+    right.yaxis.set_major_formatter(lambda loss, _: f"{math.exp(min(loss, 700)):,.4g}")
     fig.savefig(Path(config.out_dir, "loss.png"))
 
 

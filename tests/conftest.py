@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -22,7 +23,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
-RUNGS = sorted(path.stem for path in ROOT.glob("v[0-9]*_*.py"))
+RUNGS = sorted(
+    (path.stem for path in ROOT.glob("v[0-9]*_*.py")), key=lambda name: int(re.findall(r"\d+", name)[0])
+)
 # What must hold for a rung must hold for every kind of position: "RUNG FLAG=VALUE ..."
 VARIANTS = [f"v4_rope_alibi position={name}" for name in ("learned", "sinusoidal", "alibi", "none")]
 VARIANTS[-1] += " norm=rmsnorm"
@@ -67,6 +70,7 @@ def run_here(rung, *flags, cwd):
         stderr.write(f"{end.code}\n" if isinstance(end.code, str) else "")
     finally:
         os.chdir(back)
+        plt.close("all")
         signal.signal(signal.SIGINT, signal.default_int_handler)
     texts = []
     for stream in (stdout, stderr):

@@ -325,10 +325,12 @@ def test_training_makes_all_its_files(home):
     assert process.returncode == 0, process.stderr
     assert "256/256" in process.stderr
     out = folder / "runs/bpe_tokenizer"
-    assert {path.name for path in out.iterdir()} == {"bpe_vocab_512.json", "train_ids.npy", "val_ids.npy"}
+    assert {path.name for path in out.iterdir()} == {
+        *("bpe_vocab_512.json", "train_ids_512.npy", "val_ids_512.npy")
+    }
     tokenizer = BPETokenizer.load(out / "bpe_vocab_512.json")
     for name, text in ("train", TEXT[:18_000]), ("val", TEXT[18_000:20_000]):
-        ids = np.load(out / f"{name}_ids.npy")
+        ids = np.load(out / f"{name}_ids_512.npy")
         assert ids.dtype == np.uint16 and tokenizer.decode(ids) == text
         assert f"{len(ids):,} ids, {len(text) / len(ids):.4f} characters per id" in process.stdout
         assert len(set(ids.tolist())) > 200
@@ -360,6 +362,37 @@ def test_the_same_text_gives_the_same_files_in_every_process(home, tmp_path):
     assert again == {path.relative_to(folder): content for path, content in snapshot(folder).items()}
 
 
+def test_vocabularies_of_several_sizes_stay_apart(home, tmp_path):
+    """Each has its own encoded text, and --encode finds the one that is there."""
+    (tmp_path / "input.txt").write_bytes((home[0] / "input.txt").read_bytes())
+    out = tmp_path / "runs/bpe_tokenizer"
+    assert run_rung("bpe_tokenizer", "--vocab_size=300", cwd=tmp_path).returncode == 0
+    ids = [i for i in BPETokenizer.load(out / "bpe_vocab_300.json").encode("First Citizen")]
+    process = run_rung("bpe_tokenizer", "--encode=First Citizen", cwd=tmp_path)  # not 512, the default
+    assert process.returncode == 0 and process.stdout.rstrip().endswith(" ".join(map(str, ids)))
+    assert run_rung("bpe_tokenizer", "--vocab_size=280", cwd=tmp_path).returncode == 0
+    for size in (280, 300):
+        tokenizer = BPETokenizer.load(out / f"bpe_vocab_{size}.json")
+        assert tokenizer.decode(np.load(out / f"val_ids_{size}.npy")) == TEXT[18_000:20_000]
+        assert np.load(out / f"train_ids_{size}.npy").max() >= 256
+    refused(
+        tmp_path, "--encode=a", words="bpe_vocab_280.json, runs/bpe_tokenizer/bpe_vocab_300.json; name a size"
+    )
+
+
+def test_a_mistake_of_the_learner_shows_its_traceback(home, tmp_path):
+    source = (ROOT / "bpe_tokenizer.py").read_text(encoding="utf-8")
+    for line in ("a, b = 1, 2, 3", "open('no such file')"):
+        edited = source.replace(
+            "    text = load_text(config)\n", f"    text = load_text(config)\n    {line}\n"
+        )
+        assert edited != source
+        (tmp_path / "edited.py").write_text(edited, encoding="utf-8")
+        args = [*command("x")[:1], str(tmp_path / "edited.py")]
+        process = subprocess.run(args, cwd=home[0], capture_output=True, encoding="utf-8")
+        assert "Traceback" in process.stderr and line in process.stderr
+
+
 def test_help_names_every_flag():
     process = run_rung("bpe_tokenizer", "--help", cwd=ROOT)
     for flag in ("--data", "--out_dir", "--vocab_size", "--encode", "--decode", "(default: 512)"):
@@ -383,7 +416,10 @@ def test_help_names_every_flag():
         (["--decode", "1 two"], "--decode needs ids"),
         (["--decode", "-1"], "--decode needs ids"),
         (["--decode", "1 512"], "the id 512 is outside the vocabulary, 0 to 511"),
-        (["--encode", "a", "--vocab_size", "300"], "bpe_vocab_300.json'; train first: "),
+        (
+            ["--encode", "a", "--vocab_size", "300"],
+            "bpe_vocab_300.json, only runs/bpe_tokenizer/bpe_vocab_512.json; name a size with --vocab_size",
+        ),
         (["--out_dir", "input.txt"], "input.txt"),
     ],
     ids=lambda value: " ".join(value).replace("\udcff", "surrogate") if isinstance(value, list) else "",
@@ -407,7 +443,7 @@ def test_broken_vocabularies_are_refused(home, tmp_path, name):
         BPETokenizer.load(path)
     assert words in str(error.value) and path.name in str(error.value)
     if name in ("truncated", "foreign", "unknown piece"):
-        refused(tmp_path, "--out_dir=.", "--decode=84", words="; train first: python bpe_tokenizer.py")
+        refused(tmp_path, "--out_dir=.", "--decode=84", words="; make one: python bpe_tokenizer.py")
 
 
 def test_import_has_no_side_effects(tmp_path):

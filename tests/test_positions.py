@@ -2,13 +2,10 @@
 
 import json
 import math
-import signal
 
-import matplotlib.image
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from conftest import run_here, tiny_config, tiny_flags
 from test_command_line import refused
 from transformers import BloomConfig, LlamaConfig
@@ -65,13 +62,13 @@ def make_model(**changes):
 def test_rope_is_that_of_llama(T, base, scale):
     torch.manual_seed(0)
     config = tiny_config(v4, n_embd=48, n_head=3, position_base=base, position_scale=scale)
+    rotation = v4.rope_rotation(T, config, "cpu").double()
     rope = {"rope_type": "linear", "factor": scale, "rope_theta": base}
     llama = LlamaConfig(hidden_size=48, num_attention_heads=3, head_dim=16, rope_parameters=rope)
     q, k = torch.randn(2, 2, 3, T, 16, dtype=torch.float64)
     cos, sin = LlamaRotaryEmbedding(llama)(q, torch.arange(T)[None])
     for ours, theirs in zip((q, k), apply_rotary_pos_emb(q, k, cos, sin), strict=True):
-        assert v4.apply_rope(ours, config).dtype == torch.float64
-        close(v4.apply_rope(ours, config), theirs)
+        close(v4.apply_rope(ours, rotation), theirs)
 
 
 def test_attention_with_rope_is_that_of_llama():
@@ -91,7 +88,7 @@ def test_attention_with_rope_is_that_of_llama():
     mask = torch.full((T, T), -math.inf, dtype=torch.float64).triu(1)
     with torch.inference_mode():
         cos_sin = LlamaRotaryEmbedding(llama)(x, torch.arange(T)[None])
-        close(ours(x), theirs(x, cos_sin, mask)[0])
+        close(ours(x, v4.rope_rotation(T, config, "cpu").double(), None), theirs(x, cos_sin, mask)[0])
 
 
 @pytest.mark.parametrize("n_head", [*range(1, 21), 32, 40])
@@ -130,13 +127,14 @@ def test_attention_with_alibi_is_that_of_bloom(n_head, float64):
     alibi = build_alibi_tensor(torch.ones(2, T), n_head, torch.float64)
     with torch.inference_mode():
         mask = torch.full((T, T), -math.inf).triu(1)
-        close(ours(x), theirs(x, torch.zeros_like(x), alibi, mask)[0])
+        bias = v4.alibi_bias(T, config, "cpu")
+        close(ours(x, None, bias), theirs(x, torch.zeros_like(x), alibi, mask)[0])
 
 
 def test_sinusoidal_positions_are_the_formula(float64):
-    table = v4.sinusoidal_embedding(torch.zeros(2, 50, 16), tiny_config(v4))
+    table = v4.sinusoidal_embedding(50, tiny_config(v4), "cpu")
     assert table.shape == (50, 16)
-    odd = v4.sinusoidal_embedding(torch.zeros(2, 50, 15), tiny_config(v4))
+    odd = v4.sinusoidal_embedding(50, tiny_config(v4, n_embd=15, n_head=1, position="alibi"), "cpu")
     assert odd[7, 14].item() == pytest.approx(math.sin(7 / 10_000 ** (14 / 15)))
     for t in range(50):
         for i in range(8):
@@ -149,8 +147,10 @@ def test_sinusoidal_positions_are_added_to_scaled_tokens(float64):
     model, config = make_model(position="sinusoidal")
     idx = torch.randint(V, (2, 8))
     x = model.token_embedding(idx)
-    x = x * 4 + v4.sinusoidal_embedding(x, config)  # 4 = sqrt(16)
-    close(model(idx), model.head(model.norm(model.blocks(x))))
+    x = x * 4 + v4.sinusoidal_embedding(8, config, "cpu")  # 4 = sqrt(16)
+    for block in model.blocks:
+        x = block(x, None, None)
+    close(model(idx), model.head(model.norm(x)))
 
 
 def test_rmsnorm_is_that_of_pytorch(float64):
@@ -170,8 +170,9 @@ def test_norm_flag_replaces_every_norm():
 
 def test_rope_scores_depend_on_the_distance_alone(float64):
     config, T = tiny_config(v4), 200
+    rotation = v4.rope_rotation(T, config, "cpu")
     q, k = torch.randn(2, 1, 2, 1, 8)
-    q, k = (v4.apply_rope(x.expand(-1, -1, T, -1), config) for x in (q, k))  # the same at every position
+    q, k = (v4.apply_rope(x.expand(-1, -1, T, -1), rotation) for x in (q, k))  # the same at every position
     scores = q @ k.mT  # (1, n_head, T, T)
     for distance in (0, 1, 7, 150):
         diagonal = scores.diagonal(-distance, dim1=-2, dim2=-1)
@@ -234,13 +235,13 @@ def test_training_with_learned_positions_is_that_of_v3(folder):
 
 @pytest.mark.parametrize("position", BEYOND)
 def test_these_schemes_go_past_the_training_length(position):
-    model, config = make_model(position=position, max_new_tokens=5, context=20)
+    model, config = make_model(position=position, max_new_tokens=5, context=20, greedy=True)
     idx = torch.randint(V, (1, 50))
     with torch.inference_mode():
         assert model(idx).shape == (1, 50, V)
     seen = []
     handle = model.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-    out = v4.generate(model, idx[:, -18:], config, greedy=True)
+    out = v4.generate(model, idx[:, -18:], config)
     handle.remove()
     assert seen == [18, 19, 20, 20, 20]  # the context, not block_size = 8
     with torch.inference_mode():
@@ -248,24 +249,9 @@ def test_these_schemes_go_past_the_training_length(position):
 
 
 def test_interpolated_positions_stand_between_those_of_training():
-    x, short = torch.zeros(32, 8), torch.zeros(8, 8)
-    angles = v4.position_angles(x, tiny_config(v4, position_scale=4.0))
-    close(angles[::4], v4.position_angles(short, tiny_config(v4)))
+    angles = v4.position_angles(32, 8, tiny_config(v4, position_scale=4.0), "cpu")
+    close(angles[::4], v4.position_angles(8, 8, tiny_config(v4), "cpu"))
     assert angles.max() < 8
-
-
-@pytest.mark.parametrize("length", [57, 60])  # 7 windows of 8, with and without one of 3
-def test_evaluation_can_skip_the_begin_of_each_window(length):
-    model, config = make_model()
-    ids = torch.randint(V, (length,))
-    losses, before = [], ids.clone()
-    with torch.inference_mode():
-        for start in range(0, length - 1, 8):
-            x, y = ids[start : start + 8][: length - 1 - start], ids[start + 1 : start + 9]
-            losses += F.cross_entropy(model(x[None])[0], y, reduction="none")[6:].tolist()
-    assert len(losses) == 7 * 2
-    assert v4.evaluate(model, ids, config, skip=6) == pytest.approx(sum(losses) / 14, rel=1e-5)
-    assert torch.equal(ids, before)
 
 
 # ------------------------------------- tokens of several characters -------------------------------------
@@ -291,7 +277,6 @@ def test_bits_per_char_of_a_bpe_model(folder, vocabulary):
     assert metrics["bits_per_char"] == pytest.approx(bits / (len(text) - int(0.9 * len(text)) - first))
     assert metrics["bits_per_char"] < metrics["val_loss"] / math.log(2)
     assert len(torch.load(out / "checkpoint.pt")["model"]["token_embedding.weight"]) == 300
-    assert matplotlib.image.imread(out / "embeddings.png").std() > 0
 
 
 def test_bpe_from_the_command_line(folder, vocabulary):
@@ -299,15 +284,15 @@ def test_bpe_from_the_command_line(folder, vocabulary):
     assert run(*tiny_flags(v4, tokenizer=vocabulary)).returncode == 0
     (folder / vocabulary).rename(folder / "elsewhere.json")  # the checkpoint holds the vocabulary
     prompt = "Na\u00efve caf\u00e9 \U0001f642"
-    for mode in ("--sample", "--resume"):
-        process = run(mode, f"--prompt={prompt}", "--max_new_tokens=5", "--max_steps=15")
+    for mode, more in (("--sample", []), ("--resume", ["--max_steps=15"])):
+        process = run(mode, f"--prompt={prompt}", "--max_new_tokens=5", *more)
         assert process.returncode == 0 and f"\n{prompt}" in "\n" + process.stdout, process.stderr
     process = run("--sample", "--max_new_tokens=5", "--prompt=")
     assert process.returncode == 0 and process.stdout.startswith("\n")  # an empty prompt is a new line
-    assert refused(run("--resume", "--tokenizer=char", "--prompt="), "--tokenizer bpe.json", "train anew")
-    for name in ("nowhere.json", "input.txt"):
+    assert refused(run("--resume", "--tokenizer=char", "--prompt="), "--tokenizer", "bpe.json", "train anew")
+    for name in ("nowhere.json", "input.txt", "bpe"):
         before = sorted(folder.rglob("*"))
-        assert refused(run(f"--tokenizer={name}"), name)
+        assert refused(run(f"--tokenizer={name}"), f"no vocabulary in {name}", "python bpe_tokenizer.py")
         assert sorted(folder.rglob("*")) == before
 
 
@@ -319,127 +304,6 @@ def test_too_few_tokens_are_refused(folder, vocabulary):
     assert run_here("v4_rope_alibi", *tiny_flags(v4, block_size=590), cwd=folder).returncode == 0
 
 
-# ---------------------------------------------- the pictures ----------------------------------------------
-
-
-def test_kinds_of_tokens():
-    kinds = {"a": "vowel", " u": "vowel", "th": "consonant", "y": "consonant", "\u00e4": "consonant"}
-    kinds |= {"A": "capital", " The": "capital", "3": "digit", "42": "digit"}
-    kinds |= dict.fromkeys([" ", "\n", "", "!", "'ll", "\ufffd"], "punctuation, space")
-    assert {token: v4.kind_of(token) for token in kinds} == kinds
-
-
-def test_embedding_picture_shows_the_principal_components(monkeypatch, tmp_path):
-    """Embeddings in a plane of 16 dimensions: the picture keeps their distances, of the 100 most frequent."""
-    texts, n = {}, 130
-    monkeypatch.setattr(
-        v4.plt.Axes, "text", lambda self, x, y, s, **rest: texts.update({s: (x, y, rest["color"])})
-    )
-    config = tiny_config(v4, out_dir=str(tmp_path))
-    model = v4.LanguageModel(config, n)
-    coordinates = torch.stack([10 * torch.randn(n), torch.randn(n)], dim=1)
-    model.token_embedding.weight.data = 3 + coordinates @ torch.linalg.qr(torch.randn(16, 2))[0].T
-    vocab = "".join(map(chr, range(n)))
-    ids = torch.arange(n).repeat_interleave(torch.arange(n))  # id i occurs i times, id 0 never
-    v4.plot_embeddings(model, v4.CharTokenizer(vocab), ids, config)
-    shown = [repr(char)[1:-1].replace(" ", "\u2423") for char in vocab[30:]]
-    assert set(texts) == set(shown) and {"\u2423", "a", "$"} <= set(texts)
-    assert texts["a"][2] == texts["o"][2] != texts["b"][2]
-    points = torch.tensor([texts[label][:2] for label in shown])
-    exact = "donot_use_mm_for_euclid_dist"
-    ours, theirs = (torch.cdist(x, x, compute_mode=exact) for x in (points, coordinates[30:]))
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
-    assert points[:, 0].std() > 5 * points[:, 1].std()
-
-
-@pytest.mark.parametrize("text", ["a" * 400, "ab" * 200])
-@pytest.mark.parametrize("n_embd", [1, 2])
-def test_smallest_models_have_all_their_pictures(text, n_embd, folder):
-    (folder / "poor.txt").write_text(text, encoding="utf-8")
-    flags = tiny_flags(v4, data="poor.txt", n_embd=n_embd, n_head=1, position="alibi")
-    process = run_here("v4_rope_alibi", *flags, cwd=folder)
-    assert process.returncode == 0, process.stderr
-    assert (folder / "runs/v4_rope_alibi/embeddings.png").exists()
-
-
-@pytest.fixture
-def comparison(folder):
-    """Flags of a small comparison of all positions."""
-    return ["--compare", *tiny_flags(v4, max_new_tokens=3)]
-
-
-def test_comparison(folder, comparison):
-    process = run_here("v4_rope_alibi", *comparison, cwd=folder)
-    assert process.returncode == 0, process.stderr
-    out = folder / "runs/v4_rope_alibi"
-    lines = (out / "positions.txt").read_text(encoding="utf-8").splitlines()
-    assert "\n".join(lines) in process.stdout and lines[1].split() == ["window", "8", "16", "32", "64"]
-    assert {len(line) for line in lines[1:2] + lines[3:]} == {18 * 5}  # learned has one window only
-    rows = {line[:18].strip(): line[18:].replace("/", " ").split() for line in lines[2:]}
-    assert list(rows) == ["learned", "sinusoidal", "rope", "rope, interpolated", "alibi", "none"]
-    assert {name: len(row) for name, row in rows.items()} == {name: 8 for name in rows} | {"learned": 2}
-    assert rows["rope"][:2] == rows["rope, interpolated"][:2]
-    assert rows["rope"][2:] != rows["rope, interpolated"][2:]
-    batches = set()
-    for position in v4.POSITIONS:
-        metrics = json.loads((out / position / "metrics.json").read_text(encoding="utf-8"))
-        assert metrics["config"]["position"] == position and metrics["steps"] == 12
-        assert f"{metrics['val_loss']:.4f}" == rows[position][0]
-        batches.add((metrics["config"]["seed"], metrics["tokens"]))
-        args = ["--sample", "--out_dir", f"runs/v4_rope_alibi/{position}", "--max_new_tokens=3"]
-        assert run_here("v4_rope_alibi", *args, cwd=folder).returncode == 0
-    assert len(batches) == 1
-    checkpoint = torch.load(out / "rope/checkpoint.pt")
-    model = v4.LanguageModel(v4.Config(**checkpoint["config"]), len(checkpoint["vocab"]))
-    model.load_state_dict(checkpoint["model"])
-    text = (folder / "input.txt").read_text(encoding="utf-8")
-    ids = torch.tensor([checkpoint["vocab"].index(char) for char in text[int(0.9 * len(text)) :]])
-    losses = []
-    with torch.inference_mode():
-        for start in range(0, len(ids) - 1, 64):
-            x, y = ids[start : start + 64], ids[start + 1 : start + 65]
-            losses.append(F.cross_entropy(model(x[None])[0, : len(y)], y, reduction="none"))
-    assert f"{torch.cat(losses).mean():.4f}" == rows["rope"][6]
-    assert f"{torch.cat([loss[48:] for loss in losses]).mean():.4f}" == rows["rope"][7]
-    assert matplotlib.image.imread(out / "positions.png").std() > 0
-
-
-def test_comparison_goes_on_where_it_was_stopped(folder, comparison, monkeypatch):
-    assert run_here("v4_rope_alibi", *comparison, "--out_dir=whole", cwd=folder).returncode == 0
-    monkeypatch.chdir(folder)
-    calls, get_batch = [], v4.get_batch
-
-    def get_batch_and_press_ctrl_c(*args):
-        calls.append(1)
-        if len(calls) == 30:  # in step 6 of the third
-            signal.raise_signal(signal.SIGINT)
-        return get_batch(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(v4, "get_batch", get_batch_and_press_ctrl_c)
-        patch.setattr("sys.argv", ["v4", *comparison, "--out_dir=parts"])
-        with pytest.raises(SystemExit, match=r"step 6 and saved.*--resume"):
-            v4.main()
-    assert not (folder / "parts/alibi").exists()
-    process = run_here("v4_rope_alibi", "--compare", "--resume", "--out_dir=parts", cwd=folder)
-    assert process.returncode == 0, process.stderr
-    whole, parts = ((folder / out / "positions.txt").read_bytes() for out in ("whole", "parts"))
-    assert whole == parts
-
-
-def test_comparison_refuses_what_contradicts_it(folder):
-    for flag in ("--sample", "--position=rope"):
-        assert refused(run_here("v4_rope_alibi", "--compare", flag, cwd=folder), "--compare", "leave out")
-    odd = ["--compare", "--n_embd=12", "--n_head=4"]  # fine for some schemes, but not for all
-    assert refused(run_here("v4_rope_alibi", *odd, cwd=folder), "--n_embd 12", "even")
-    assert not (folder / "runs").exists()
-
-
-def test_comparison_of_the_shortest_windows(folder, comparison):
-    process = run_here("v4_rope_alibi", *comparison, "--block_size=1", cwd=folder)
-    assert process.returncode == 0, process.stderr
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -448,6 +312,8 @@ def test_comparison_of_the_shortest_windows(folder, comparison):
         (["--n_embd=12", "--n_head=4"], ["--n_embd 12", "even"]),
         (["--position=learned", "--context=1000"], ["--position learned", "--context"]),
         (["--position_scale=0"], ["--position_scale 0"]),
+        (["--position=alibi", "--position_base=500"], ["--position alibi", "--position_base"]),
+        (["--position=none", "--position_scale=2"], ["--position none", "--position_scale"]),
         (["--position_base=-1"], ["--position_base -1"]),
         (["--context=-1"], ["--context -1"]),
     ],

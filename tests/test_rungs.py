@@ -5,6 +5,7 @@ import json
 import math
 import signal
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -156,7 +157,7 @@ def test_same_seed_same_numbers(module, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("rung", RUNGS[1:] + VARIANTS, indirect=True)
-@pytest.mark.parametrize("stop_at", [2, 5, 7])
+@pytest.mark.parametrize("stop_at", [5, 6, 8])  # the first estimate is after step 5
 def test_resumed_run_equals_uninterrupted_run(rung, stop_at, folder, monkeypatch):
     module = importlib.import_module(rung)
     dropout = ["--dropout=0.2"] if hasattr(module.Config, "dropout") else []
@@ -209,8 +210,7 @@ def test_learning_rate_warms_up_and_decays(rung):
     config = tiny_config(module, learning_rate=1.0, warmup_steps=10, max_steps=110)
     rates = [module.learning_rate_at(step, config) for step in range(1, 111)]
     assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)])
-    floor = 0.0 if rung == "v4_rope_alibi" else 0.1
-    assert config.lr_floor == floor
+    floor = config.lr_floor
     assert rates[59] == pytest.approx((1 + floor) / 2) and rates[109] == pytest.approx(floor)
     assert rates[9:] == sorted(rates[9:], reverse=True)
 
@@ -220,7 +220,7 @@ def test_greedy_is_the_likeliest_and_sampling_follows_the_probabilities(module):
     idx = torch.randint(V, (1, 5))
     with torch.inference_mode():
         probs = model(idx)[0, -1].softmax(-1)
-    assert module.generate(model, idx, config, greedy=True)[0, -1] == probs.argmax()
+    assert module.generate(model, idx, replace(config, greedy=True))[0, -1] == probs.argmax()
     torch.manual_seed(0)
     draws = module.generate(model, idx.expand(20_000, -1), config)[:, -1]
     shares = draws.bincount(minlength=V) / len(draws)
@@ -228,10 +228,10 @@ def test_greedy_is_the_likeliest_and_sampling_follows_the_probabilities(module):
 
 
 def test_generation_looks_at_the_last_block_only_and_keeps_the_prompt(module):
-    model, config = make_model(module, max_new_tokens=6)
+    model, config = make_model(module, max_new_tokens=6, greedy=True)
     long = torch.randint(V, (2, 3 * config.block_size))
-    a = module.generate(model, long, config, greedy=True)
-    b = module.generate(model, long[:, -config.block_size :], config, greedy=True)
+    a = module.generate(model, long, config)
+    b = module.generate(model, long[:, -config.block_size :], config)
     assert a.shape == (2, 3 * config.block_size + 6) and torch.equal(a[:, : long.shape[1]], long)
     assert torch.equal(a[:, -6:], b[:, -6:])
 

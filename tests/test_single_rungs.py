@@ -200,7 +200,7 @@ def test_v3_greedy_is_the_limit_of_every_knob():
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     idx = torch.randint(V, (4, 5))
-    greedy = v3_gpt.generate(model, idx, tiny_config(v3_gpt), greedy=True)
+    greedy = v3_gpt.generate(model, idx, tiny_config(v3_gpt, greedy=True))
     for changes in (dict(top_k=1), dict(temperature=1e-4), dict(top_p=1e-6)):
         assert torch.equal(v3_gpt.generate(model, idx, tiny_config(v3_gpt, **changes)), greedy)
 

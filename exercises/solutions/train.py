@@ -8,9 +8,13 @@ When all 31 TODOs are right, this trains a small model on input.txt for five epo
 """
 # ruff: noqa: F401, RUF100  the imports are for your code
 
+import signal
 import sys
 import time
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("stopped"))  # Ctrl-C, also while torch loads
 
 import torch
 import torch.nn.functional as F
@@ -115,7 +119,10 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, block_size):
 
 
 def main():
-    text = Path("input.txt").read_text(encoding="utf-8")
+    try:
+        text = Path("input.txt").read_text(encoding="utf-8")
+    except OSError as error:
+        sys.exit(f"error: {error}; start this in the folder that holds input.txt")
     torch.manual_seed(1337)
     tokenizer = CharTokenizer(text)
     ids = torch.tensor(tokenizer.encode(text))
@@ -135,9 +142,4 @@ if __name__ == "__main__":
     import checks
 
     checks.main("train")
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("stopped")
-    except OSError as error:
-        sys.exit(f"error: {error}; start this in the folder that holds input.txt")
+    main()
