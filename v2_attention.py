@@ -275,9 +275,9 @@ def load_checkpoint(mode, flags):
         if checkpoint["version"] != NAME:
             raise ValueError(f"saved by {checkpoint['version']}")
         saved = {name: kinds[name](value) for name, value in checkpoint["config"].items()}
-        parts = ("vocab", "history", "step", "seconds", "model", "last", "optimizer")
-        if saved != checkpoint["config"] or any(checkpoint[part] is None for part in parts):
-            raise ValueError("damaged")
+        parts = {"vocab", "history", "step", "seconds", "model", "last", "optimizer"}
+        if saved != checkpoint["config"] or parts - checkpoint.keys():
+            raise ValueError("it is damaged")
     except Exception as error:  # a file that is missing, cut short or something else altogether
         reason = str(error).split("\n")[0]
         sys.exit(f"error: no checkpoint of {NAME} in {folder} ({reason}); train first: python {NAME}.py")
@@ -290,9 +290,7 @@ def load_checkpoint(mode, flags):
         print(f"note: the run in {folder} is not finished; {hint}", file=sys.stderr)
     for name, value in flags.items():
         if value != saved[name] and name not in may_change:
-            reason = (
-                f"--{mode} cannot change --{name}, {saved[name]!r} in the model of {checkpoint['step']} steps"
-            )
+            reason = f"--{mode} cannot change --{name}, {saved[name]!r} in the saved model"
             sys.exit(f"error: {reason}; leave out that flag or train anew")
     return checkpoint, Config(**saved | flags)
 
@@ -394,9 +392,7 @@ def report(model, tokenizer, train_ids, val_ids, config, checkpoint):
     print(f"{'files in':>18} {config.out_dir}\n")
     nothing = math.log(len(tokenizer.vocab))  # the loss if every token is given the same probability
     if val_loss > nothing:
-        print(
-            f"note: knowing nothing gives {nothing:.4f}: too small a text, too few steps or too large a rate\n"
-        )
+        print(f"note: knowing nothing gives {nothing:.4f}; is the text too small, the step size too large?\n")
     metrics |= {"version": NAME, "tokens": tokens, "config": asdict(config), "torch": torch.__version__}
     metrics |= {"device": val_ids.device.type, "threads": torch.get_num_threads()}
     return metrics | {"steps": checkpoint["step"], "history": checkpoint["history"]}

@@ -375,9 +375,7 @@ def test_vocabularies_of_several_sizes_stay_apart(home, tmp_path):
         tokenizer = BPETokenizer.load(out / f"bpe_vocab_{size}.json")
         assert tokenizer.decode(np.load(out / f"val_ids_{size}.npy")) == TEXT[18_000:20_000]
         assert np.load(out / f"train_ids_{size}.npy").max() >= 256
-    refused(
-        tmp_path, "--encode=a", words="bpe_vocab_280.json, runs/bpe_tokenizer/bpe_vocab_300.json; name a size"
-    )
+    refused(tmp_path, "--encode=a", words="bpe_vocab_280.json, bpe_vocab_300.json; name a size")
 
 
 def test_a_mistake_of_the_learner_shows_its_traceback(home, tmp_path):
@@ -418,7 +416,7 @@ def test_help_names_every_flag():
         (["--decode", "1 512"], "the id 512 is outside the vocabulary, 0 to 511"),
         (
             ["--encode", "a", "--vocab_size", "300"],
-            "bpe_vocab_300.json, only runs/bpe_tokenizer/bpe_vocab_512.json; name a size with --vocab_size",
+            "bpe_vocab_300.json, only bpe_vocab_512.json; name a size with --vocab_size",
         ),
         (["--out_dir", "input.txt"], "input.txt"),
     ],
