@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 NAME = Path(__file__).stem
 
-# GPT-2's split into words: contractions, letters (\p{L}), digits (\p{N}) or other signs, each with one space
-# before it, then white space. Merges stay within a word, so "dog." and "dog!" share the piece "dog".
+# GPT-2's split into words: contractions; letters (\p{L}), digits (\p{N}) or other signs, with the one space
+# before them if there is one; white space. Merges stay within a word: dog in "dog." and "dog!" is one piece.
 SPLIT = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 # A character to write each byte with, as GPT-2 does: itself if it prints, else one from code 256 on.
@@ -335,7 +335,7 @@ def convert(tokenizer, text, ids):
             sys.exit("error: --encode needs a text that is not empty")
         show(tokenizer, text)
     if ids is not None:
-        if not re.fullmatch(r"\d+([\s,]+\d+)*", ids.strip()):
+        if not re.fullmatch(r"\d{1,18}([\s,]+\d{1,18})*", ids.strip()):
             sys.exit(f'error: --decode needs ids like "84 111", not {ids!r}')
         print(tokenizer.decode([int(number) for number in re.findall(r"\d+", ids)]))
 
@@ -344,7 +344,7 @@ def convert(tokenizer, text, ids):
 
 
 def find_vocabulary(config, named):
-    """Return the vocabulary file of config.vocab_size, or unless it is `named` the only one in out_dir."""
+    """Return the file of config.vocab_size ids; if it is missing and no size was `named`, the only one."""
     path = Path(config.out_dir, f"bpe_vocab_{config.vocab_size}.json")
     others = sorted(Path(config.out_dir).glob("bpe_vocab_*.json"))
     if path in others or not others:
@@ -360,16 +360,18 @@ def main():
     to_encode, to_decode = flags.pop("encode", None), flags.pop("decode", None)
     config = Config(**flags)
     if to_encode is not None or to_decode is not None:
+        if "data" in flags:
+            sys.exit("error: --encode and --decode read no --data: leave it out")
         tokenizer = BPETokenizer.load(find_vocabulary(config, named="vocab_size" in flags))
         return convert(tokenizer, to_encode, to_decode)
 
     text = load_text(config)
     splits = {"train": text[: int(0.9 * len(text))], "val": text[int(0.9 * len(text)) :]}
-    tokenizer = BPETokenizer.train(splits["train"], config.vocab_size, progress=True)
     try:
         Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         sys.exit(f"error: cannot write to {config.out_dir} ({error}); name another folder with --out_dir")
+    tokenizer = BPETokenizer.train(splits["train"], config.vocab_size, progress=True)
     tokenizer.save(Path(config.out_dir, f"bpe_vocab_{config.vocab_size}.json"))
     for name, split in splits.items():
         ids = np.array(tokenizer.encode(split), dtype=np.uint16)

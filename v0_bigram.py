@@ -3,7 +3,7 @@
 The whole pipeline in its smallest form: load, tokenize, split, batch, train, evaluate, save, plot, sample.
 The model is one (V, V) table: a row for the current character, in it a score (logit) for each next character.
 
-Result: val loss 2.4870, 3.59 bits/char, 4,225 parameters, 2 s on 2 CPU cores.
+Result: val loss 2.4882, 3.59 bits/char, 4,225 parameters, 3 s on 2 CPU cores.
 
 Run it with: python v0_bigram.py, or with --help to see every flag.
 """
@@ -15,6 +15,7 @@ import math
 import re
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -59,7 +60,8 @@ class Config:
             if type(value) in (int, float):  # bool and str can be anything
                 limit = 2**31 if type(value) is int else math.inf
                 if not (0 < value < limit or (value == 0 and name in may_be_zero)):
-                    sys.exit(f"error: --{name} {value} is impossible, it must be a positive number")
+                    reason = f"it must be positive and below {limit}, or 0 for: {', '.join(may_be_zero)}"
+                    sys.exit(f"error: --{name} {value} is impossible, {reason}")
 
 
 def parse_flags():
@@ -67,8 +69,9 @@ def parse_flags():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"error: {message}; --help lists every flag")
     modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--sample", action="store_true", help="no training: continue the prompt")
-    modes.add_argument("--evaluate", action="store_true", help="no training: measure the saved model")
+    mode = {"dest": "mode", "action": "store_const", "default": "train"}
+    modes.add_argument("--sample", **mode, const="sample", help="no training: continue the prompt")
+    modes.add_argument("--evaluate", **mode, const="evaluate", help="no training: measure the saved model")
     # --help shows the comment beside each field of Config
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
     for field in fields(Config):
@@ -76,8 +79,7 @@ def parse_flags():
         meaning = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
         parser.add_argument(f"--{field.name}", **kind, default=argparse.SUPPRESS, help=meaning)
     flags = vars(parser.parse_args())
-    mode = [name for name in MAY_CHANGE if flags.pop(name)] or ["train"]
-    return mode[0], flags
+    return flags.pop("mode"), flags
 
 
 def pick_device(name):
@@ -189,9 +191,10 @@ def load_checkpoint(mode, flags):
         if checkpoint["version"] != NAME:
             raise ValueError(f"saved by {checkpoint['version']}")
         saved = {name: kinds[name](value) for name, value in checkpoint["config"].items()}
-        parts = {"vocab", "history", "step", "seconds", "model"}
-        if saved != checkpoint["config"] or parts - checkpoint.keys():
-            raise ValueError("it is damaged")
+        parts = {"vocab": str, "history": list, "step": int, "seconds": float, "model": dict}
+        damaged = [part for part, kind in parts.items() if not isinstance(checkpoint.get(part), kind)]
+        if damaged or saved != checkpoint["config"]:
+            raise ValueError(f"damaged: {', '.join(damaged) or 'config'}")
     except Exception as error:  # a file that is missing, cut short or something else altogether
         reason = str(error).split("\n")[0]
         sys.exit(f"error: no checkpoint of {NAME} in {folder} ({reason}); train first: python {NAME}.py")
@@ -271,8 +274,8 @@ def save_report(metrics, sample, config):
         ax.plot(*zip(*points, strict=True), ".-", label=name)
     ax.set(xlabel="step", ylabel="loss (nats per token)")
     ax.legend()
-    right = ax.twinx()  # the same ticks as perplexity
-    right.set(ylim=ax.get_ylim(), yticks=ax.get_yticks(), ylabel="perplexity")
+    right = ax.secondary_yaxis("right")  # the same ticks as perplexity
+    right.set_ylabel("perplexity")
     right.yaxis.set_major_formatter(lambda loss, _: f"{math.exp(min(loss, 700)):,.4g}")
     fig.savefig(Path(config.out_dir, "loss.png"))
 
@@ -319,6 +322,7 @@ def main():
     if mode == "train":
         try:
             Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=config.out_dir).close()  # a folder that is there may be read-only
         except OSError as error:
             sys.exit(f"error: cannot write to {config.out_dir} ({error}); name another folder: --out_dir")
         train(model, train_ids, val_ids, config, checkpoint)

@@ -1,14 +1,15 @@
 """v1, week 2: a window of characters through a small neural network (Bengio et al. 2003).
 
 Each of the last `window` characters is looked up in a table of vectors, its embedding; a learned vector for
-its place in the window is added; all of them, side by side, go through two hidden layers to the logits.
+its place in the window is added; all of them, side by side, go through two hidden layers to the logits. The
+training loop is now one to trust: AdamW, warm-up and decay, gradient clipping, the best weights, --resume.
 
 Since v0_bigram.py
   added:    TRAINING, keep_finished, learning_rate_at, make_optimizer
   changed:  Config, LanguageModel, MAY_CHANGE, evaluate, load_checkpoint, main, parse_flags, train
   removed:  -
 
-Result: val loss 1.7209, 2.48 bits/char, 150,625 parameters, 9 s on 2 CPU cores.
+Result: val loss 1.7209, 2.48 bits/char, 150,625 parameters, 17 s on 2 CPU cores.
 
 Run it with: python v1_mlp.py, or with --help to see every flag.
 """
@@ -21,6 +22,7 @@ import math
 import re
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -73,7 +75,8 @@ class Config:
             if type(value) in (int, float):  # bool and str can be anything
                 limit = 2**31 if type(value) is int else math.inf
                 if not (0 < value < limit or (value == 0 and name in may_be_zero)):
-                    sys.exit(f"error: --{name} {value} is impossible, it must be a positive number")
+                    reason = f"it must be positive and below {limit}, or 0 for: {', '.join(may_be_zero)}"
+                    sys.exit(f"error: --{name} {value} is impossible, {reason}")
 
 
 def parse_flags():
@@ -81,10 +84,11 @@ def parse_flags():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"error: {message}; --help lists every flag")
     modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--sample", action="store_true", help="no training: continue the prompt")
-    modes.add_argument("--evaluate", action="store_true", help="no training: measure the saved model")
+    mode = {"dest": "mode", "action": "store_const", "default": "train"}
+    modes.add_argument("--sample", **mode, const="sample", help="no training: continue the prompt")
+    modes.add_argument("--evaluate", **mode, const="evaluate", help="no training: measure the saved model")
     meaning = "go on from the last checkpoint; with more --max_steps the step size rises again"
-    modes.add_argument("--resume", action="store_true", help=meaning)
+    modes.add_argument("--resume", **mode, const="resume", help=meaning)
     # --help shows the comment beside each field of Config
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
     for field in fields(Config):
@@ -92,8 +96,7 @@ def parse_flags():
         meaning = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
         parser.add_argument(f"--{field.name}", **kind, default=argparse.SUPPRESS, help=meaning)
     flags = vars(parser.parse_args())
-    mode = [name for name in MAY_CHANGE if flags.pop(name)] or ["train"]
-    return mode[0], flags
+    return flags.pop("mode"), flags
 
 
 def pick_device(name):
@@ -218,10 +221,12 @@ def save_checkpoint(checkpoint, config):
 def keep_finished(config):
     """Rename the checkpoint and the metrics of a finished run that a new one is about to replace."""
     checkpoint, metrics = Path(config.out_dir, "checkpoint.pt"), Path(config.out_dir, "metrics.json")
-    if checkpoint.exists() and metrics.exists():
-        checkpoint.replace(checkpoint.with_suffix(".previous.pt"))
-        metrics.replace(metrics.with_suffix(".previous.json"))
-        print(f"\nthe model that was in {config.out_dir} is now checkpoint.previous.pt", file=sys.stderr)
+    previous = checkpoint.with_suffix(".previous.pt")
+    if checkpoint.exists() and (metrics.exists() or not previous.exists()):
+        checkpoint.replace(previous)
+        if metrics.exists():  # which is written when a run has finished
+            metrics.replace(metrics.with_suffix(".previous.json"))
+        print(f"\nthe model that was in {config.out_dir} is now {previous.name}", file=sys.stderr)
 
 
 def load_checkpoint(mode, flags):
@@ -232,9 +237,11 @@ def load_checkpoint(mode, flags):
         if checkpoint["version"] != NAME:
             raise ValueError(f"saved by {checkpoint['version']}")
         saved = {name: kinds[name](value) for name, value in checkpoint["config"].items()}
-        parts = {"vocab", "history", "step", "seconds", "model", "last", "optimizer"}
-        if saved != checkpoint["config"] or parts - checkpoint.keys():
-            raise ValueError("it is damaged")
+        parts = {"vocab": str, "history": list, "step": int, "seconds": float, "model": dict}
+        parts |= {"last": dict, "optimizer": dict}
+        damaged = [part for part, kind in parts.items() if not isinstance(checkpoint.get(part), kind)]
+        if damaged or saved != checkpoint["config"]:
+            raise ValueError(f"damaged: {', '.join(damaged) or 'config'}")
     except Exception as error:  # a file that is missing, cut short or something else altogether
         reason = str(error).split("\n")[0]
         sys.exit(f"error: no checkpoint of {NAME} in {folder} ({reason}); train first: python {NAME}.py")
@@ -243,7 +250,7 @@ def load_checkpoint(mode, flags):
     if mode == "resume" and flags.get("max_steps", saved["max_steps"]) <= checkpoint["step"]:
         may_change = SAMPLING  # nothing is left to train
     if checkpoint["step"] < saved["max_steps"] and Path(folder, "checkpoint.previous.pt").exists():
-        hint = "to get back the finished one before it, rename checkpoint.previous.pt to checkpoint.pt"
+        hint = "to get back the one before it, rename checkpoint.previous.pt to checkpoint.pt"
         print(f"note: the run in {folder} is not finished; {hint}", file=sys.stderr)
     for name, value in flags.items():
         if value != saved[name] and name not in may_change:
@@ -275,7 +282,7 @@ def learning_rate_at(step, config):
 
 
 def train(model, train_ids, val_ids, config, checkpoint):
-    """Train to config.max_steps from where `checkpoint` stands; save it at each estimate and later Ctrl-C.
+    """Train to config.max_steps from where `checkpoint` stands; save at each estimate, then also at Ctrl-C.
 
     checkpoint["model"] holds the weights of the lowest val loss, checkpoint["last"] those to go on from.
     """
@@ -328,7 +335,7 @@ def train(model, train_ids, val_ids, config, checkpoint):
             sys.exit(f"\nstopped after step {step}; nothing is saved before the first estimate")
     signal.signal(signal.SIGINT, on_ctrl_c)
     if stop:
-        sys.exit("stopped")
+        sys.exit("\nstopped after the last step, which is saved; the same command with --resume goes on")
 
 
 def report(model, tokenizer, train_ids, val_ids, config, checkpoint):
@@ -365,8 +372,8 @@ def save_report(metrics, sample, config):
         ax.plot(*zip(*points, strict=True), ".-", label=name)
     ax.set(xlabel="step", ylabel="loss (nats per token)")
     ax.legend()
-    right = ax.twinx()  # the same ticks as perplexity
-    right.set(ylim=ax.get_ylim(), yticks=ax.get_yticks(), ylabel="perplexity")
+    right = ax.secondary_yaxis("right")  # the same ticks as perplexity
+    right.set_ylabel("perplexity")
     right.yaxis.set_major_formatter(lambda loss, _: f"{math.exp(min(loss, 700)):,.4g}")
     fig.savefig(Path(config.out_dir, "loss.png"))
 
@@ -413,6 +420,7 @@ def main():
     if training := mode in ("train", "resume"):
         try:
             Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=config.out_dir).close()  # a folder that is there may be read-only
         except OSError as error:
             sys.exit(f"error: cannot write to {config.out_dir} ({error}); name another folder: --out_dir")
         train(model, train_ids, val_ids, config, checkpoint)

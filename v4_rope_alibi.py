@@ -3,12 +3,13 @@
 Attention sees a set; only the causal mask hints at an order. A position can be a vector that is added to the
 token, learned as before or made of sines. It can also go into the scores: RoPE turns queries and keys, ALiBi
 charges for distance. Neither has a last position: --context makes a sample look back beyond block_size. A
-token may now be a piece of a word. The defaults are a better recipe too: --position learned shows its share.
+token may now be a piece of a word. The defaults are a better recipe too, whatever the --position.
 
 Since v3_gpt.py
   added:    NORMS, POSITIONS, RMSNorm, alibi_bias, apply_rope, position_angles, rope_rotation,
             sinusoidal_embedding
-  changed:  Config, LanguageModel, MultiHeadAttention, SAMPLING, TransformerBlock, generate, main, report
+  changed:  Config, LanguageModel, MAY_CHANGE, MultiHeadAttention, SAMPLING, TransformerBlock, generate,
+            load_checkpoint, main, report
   removed:  -
 
 Result: val loss 1.5289, 2.21 bits/char, 808,448 parameters, 161 s on 2 CPU cores.
@@ -24,6 +25,7 @@ import math
 import re
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -44,11 +46,12 @@ from bpe_tokenizer import BPETokenizer, TokenizerError
 NAME = Path(__file__).stem
 POSITIONS = ("learned", "sinusoidal", "rope", "alibi", "none")
 SAMPLING = ("device", "seed", "greedy", "temperature", "top_k", "top_p", "prompt", "max_new_tokens")
-SAMPLING += ("context", "position_base", "position_scale")
+SAMPLING += ("context",)
 TRAINING = ("max_steps", "learning_rate", "warmup_steps", "lr_floor", "grad_clip", "eval_interval")
 TRAINING += ("dropout", "beta2", "weight_decay")
 # Fields that a flag may change when a saved model is loaded; all others stay as they were in its training.
 MAY_CHANGE = {"evaluate": ("device",), "sample": SAMPLING, "resume": SAMPLING + TRAINING}
+MAY_CHANGE["sample"] += ("position_base", "position_scale")  # resumed with others it would be another model
 
 
 @dataclass
@@ -68,7 +71,7 @@ class Config:
     init_std: float = 0.1  # standard deviation of the matrices before training
     norm: str = "layernorm"  # layernorm or rmsnorm
     position: str = "rope"  # learned, sinusoidal, rope, alibi or none
-    position_base: float = 10_000.0  # sinusoidal, rope: the larger, the slower the slow angles turn
+    position_base: float = 10_000.0  # sinusoidal, rope: the larger, the slower all angles but the first
     position_scale: float = 1.0  # sinusoidal, rope: positions are divided by this
     dropout: float = 0.0  # share of activations set to zero in training
     max_steps: int = 2200  # optimizer steps
@@ -84,7 +87,7 @@ class Config:
     temperature: float = 1.0  # below 1: safer samples, above 1: bolder ones
     top_k: int = 0  # sample among the k likeliest tokens; 0: among all
     top_p: float = 1.0  # sample among the likeliest that together reach this probability
-    prompt: str = ""  # text to continue, \n is a new line; empty: the first character, with BPE a new line
+    prompt: str = ""  # text to continue, \n is a new line; empty: from token 0, with BPE a new line
     max_new_tokens: int = 500  # tokens to sample
     context: int = 0  # tokens that a sample can look back on; 0: block_size
 
@@ -94,11 +97,12 @@ class Config:
             if type(value) in (int, float):  # bool and str can be anything
                 limit = 2**31 if type(value) is int else math.inf
                 if not (0 < value < limit or (value == 0 and name in may_be_zero)):
-                    sys.exit(f"error: --{name} {value} is impossible, it must be a positive number")
+                    reason = f"it must be positive and below {limit}, or 0 for: {', '.join(may_be_zero)}"
+                    sys.exit(f"error: --{name} {value} is impossible, {reason}")
         if self.dropout >= 1 or self.beta2 >= 1 or self.top_p > 1:
             sys.exit("error: --dropout and --beta2 must be below 1 and --top_p at most 1")
         if self.greedy and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
-            sys.exit("error: --greedy does not draw: leave out --temperature, --top_k and --top_p")
+            sys.exit("error: --greedy takes --temperature 1 --top_k 0 --top_p 1 only; --no-greedy draws")
         if self.n_embd % self.n_head:
             sys.exit(f"error: --n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}")
         if self.position not in POSITIONS or self.norm not in NORMS:
@@ -117,10 +121,11 @@ def parse_flags():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"error: {message}; --help lists every flag")
     modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--sample", action="store_true", help="no training: continue the prompt")
-    modes.add_argument("--evaluate", action="store_true", help="no training: measure the saved model")
+    mode = {"dest": "mode", "action": "store_const", "default": "train"}
+    modes.add_argument("--sample", **mode, const="sample", help="no training: continue the prompt")
+    modes.add_argument("--evaluate", **mode, const="evaluate", help="no training: measure the saved model")
     meaning = "go on from the last checkpoint; with more --max_steps the step size rises again"
-    modes.add_argument("--resume", action="store_true", help=meaning)
+    modes.add_argument("--resume", **mode, const="resume", help=meaning)
     # --help shows the comment beside each field of Config
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
     for field in fields(Config):
@@ -128,8 +133,7 @@ def parse_flags():
         meaning = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
         parser.add_argument(f"--{field.name}", **kind, default=argparse.SUPPRESS, help=meaning)
     flags = vars(parser.parse_args())
-    mode = [name for name in MAY_CHANGE if flags.pop(name)] or ["train"]
-    return mode[0], flags
+    return flags.pop("mode"), flags
 
 
 def pick_device(name):
@@ -211,7 +215,7 @@ NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": RMSNorm}
 
 
 def position_angles(T, D, config, device):
-    """Angles (T, D / 2) in radians: number i at position t is t * base^(-2i / D)."""
+    """Angles (T, D / 2) in radians: number i at position t is t / scale * base^(-2i / D); D / 2 rounds up."""
     positions = torch.arange(T, device=device) / config.position_scale  # interpolation: Chen et al. 2023
     exponents = torch.arange(0, D, 2, device=device) / D  # 2i / D
     return torch.outer(positions, 1 / config.position_base**exponents)
@@ -230,10 +234,11 @@ def rope_rotation(T, config, device):
 
 
 def apply_rope(x, rotation):
-    """RoPE (Su et al. 2021): turn each pair (x_i, x_{i + D/2}) of x (B, n_head, T, D) by angle i.
+    """RoPE (Su et al. 2021): turn each pair (x_i, x_{i + D/2}) of x (B, n_head, T, D) by its place's angle i.
 
-    Then the dot product of a query and a key depends on their positions only by the distance. The pairs are
-    those of GPT-NeoX and of LLaMA in transformers; the paper and Meta's LLaMA pair neighbours.
+    `rotation` (2, T, D / 2) is rope_rotation's. A query's dot product with a key then depends on their
+    positions only by the distance. The pairs are those of GPT-NeoX and of LLaMA in transformers; the paper
+    and Meta's LLaMA pair neighbours.
     """
     cos, sin = rotation
     a, b = x.chunk(2, dim=-1)  # each (B, n_head, T, D / 2)
@@ -243,12 +248,12 @@ def apply_rope(x, rotation):
 def alibi_bias(T, config, device):
     """ALiBi (Press et al. 2021): (1, n_head, T, T), what is added to the scores; -inf for the future.
 
-    Head i of n = n_head subtracts 2^(-8i / n) times the distance. If n is no power of two, the slopes are
-    those of the power of two below, then the first, third ... of the power of two above.
+    With n heads, n a power of two, head i = 1 to n subtracts 2^(-8i / n) times the distance. Another number
+    of heads takes the slopes of the power of two below it (n in the code), then the first, third ... of 2n.
     """
     n = 2 ** int(math.log2(config.n_head))
     slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)] + [2 ** (-4 * i / n) for i in range(1, 2 * n, 2)]
-    slopes = torch.tensor(slopes[: config.n_head], device=device).view(1, -1, 1, 1)
+    slopes = torch.tensor(slopes[: config.n_head], device=device).view(1, -1, 1, 1)  # 4-D: fused
     distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)  # (T, T)
     return (-slopes * distance).masked_fill(distance < 0, -math.inf)
 
@@ -263,12 +268,12 @@ class MultiHeadAttention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, rotation, bias):
-        """(B, T, C) to (B, T, C)."""
+        """(B, T, C) to (B, T, C); rope_rotation's `rotation` and alibi_bias's `bias` may each be None."""
         qkv = self.qkv(x).unflatten(2, (3, self.config.n_head, -1))  # (B, T, 3, n_head, head_size)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_size)
         if rotation is not None:
             q, k = apply_rope(q, rotation), apply_rope(k, rotation)
-        x = F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None)
+        x = F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None)  # a bias masks too
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
@@ -304,7 +309,7 @@ class LanguageModel(nn.Module):
         if config.position == "learned":
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.Sequential(*[TransformerBlock(config) for _ in range(config.n_layer)])
+        self.blocks = nn.ModuleList([TransformerBlock(config) for _ in range(config.n_layer)])
         self.norm = NORMS[config.norm](config.n_embd)
         self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
         for name, parameter in self.named_parameters():
@@ -324,6 +329,7 @@ class LanguageModel(nn.Module):
         if position == "learned":
             x = x + self.position_embedding(torch.arange(T, device=idx.device))
         elif position == "sinusoidal":
+            # Times sqrt(C) as in the paper, or sines up to 1 would outweigh tokens of size init_std.
             x = x * math.sqrt(self.config.n_embd) + sinusoidal_embedding(T, self.config, idx.device)
         elif position == "rope":
             rotation = rope_rotation(T, self.config, idx.device)
@@ -369,10 +375,12 @@ def save_checkpoint(checkpoint, config):
 def keep_finished(config):
     """Rename the checkpoint and the metrics of a finished run that a new one is about to replace."""
     checkpoint, metrics = Path(config.out_dir, "checkpoint.pt"), Path(config.out_dir, "metrics.json")
-    if checkpoint.exists() and metrics.exists():
-        checkpoint.replace(checkpoint.with_suffix(".previous.pt"))
-        metrics.replace(metrics.with_suffix(".previous.json"))
-        print(f"\nthe model that was in {config.out_dir} is now checkpoint.previous.pt", file=sys.stderr)
+    previous = checkpoint.with_suffix(".previous.pt")
+    if checkpoint.exists() and (metrics.exists() or not previous.exists()):
+        checkpoint.replace(previous)
+        if metrics.exists():  # which is written when a run has finished
+            metrics.replace(metrics.with_suffix(".previous.json"))
+        print(f"\nthe model that was in {config.out_dir} is now {previous.name}", file=sys.stderr)
 
 
 def load_checkpoint(mode, flags):
@@ -383,9 +391,11 @@ def load_checkpoint(mode, flags):
         if checkpoint["version"] != NAME:
             raise ValueError(f"saved by {checkpoint['version']}")
         saved = {name: kinds[name](value) for name, value in checkpoint["config"].items()}
-        parts = {"vocab", "history", "step", "seconds", "model", "last", "optimizer"}
-        if saved != checkpoint["config"] or parts - checkpoint.keys():
-            raise ValueError("it is damaged")
+        parts = {"vocab": (str, dict), "history": list, "step": int, "seconds": float, "model": dict}
+        parts |= {"last": dict, "optimizer": dict}
+        damaged = [part for part, kind in parts.items() if not isinstance(checkpoint.get(part), kind)]
+        if damaged or saved != checkpoint["config"]:
+            raise ValueError(f"damaged: {', '.join(damaged) or 'config'}")
     except Exception as error:  # a file that is missing, cut short or something else altogether
         reason = str(error).split("\n")[0]
         sys.exit(f"error: no checkpoint of {NAME} in {folder} ({reason}); train first: python {NAME}.py")
@@ -394,7 +404,7 @@ def load_checkpoint(mode, flags):
     if mode == "resume" and flags.get("max_steps", saved["max_steps"]) <= checkpoint["step"]:
         may_change = SAMPLING  # nothing is left to train
     if checkpoint["step"] < saved["max_steps"] and Path(folder, "checkpoint.previous.pt").exists():
-        hint = "to get back the finished one before it, rename checkpoint.previous.pt to checkpoint.pt"
+        hint = "to get back the one before it, rename checkpoint.previous.pt to checkpoint.pt"
         print(f"note: the run in {folder} is not finished; {hint}", file=sys.stderr)
     for name, value in flags.items():
         if value != saved[name] and name not in may_change:
@@ -430,7 +440,7 @@ def learning_rate_at(step, config):
 
 
 def train(model, train_ids, val_ids, config, checkpoint):
-    """Train to config.max_steps from where `checkpoint` stands; save it at each estimate and later Ctrl-C.
+    """Train to config.max_steps from where `checkpoint` stands; save at each estimate, then also at Ctrl-C.
 
     checkpoint["model"] holds the weights of the lowest val loss, checkpoint["last"] those to go on from.
     """
@@ -483,7 +493,7 @@ def train(model, train_ids, val_ids, config, checkpoint):
             sys.exit(f"\nstopped after step {step}; nothing is saved before the first estimate")
     signal.signal(signal.SIGINT, on_ctrl_c)
     if stop:
-        sys.exit("stopped")
+        sys.exit("\nstopped after the last step, which is saved; the same command with --resume goes on")
 
 
 def report(model, tokenizer, train_ids, val_ids, config, checkpoint):
@@ -521,8 +531,8 @@ def save_report(metrics, sample, config):
         ax.plot(*zip(*points, strict=True), ".-", label=name)
     ax.set(xlabel="step", ylabel="loss (nats per token)")
     ax.legend()
-    right = ax.twinx()  # the same ticks as perplexity
-    right.set(ylim=ax.get_ylim(), yticks=ax.get_yticks(), ylabel="perplexity")
+    right = ax.secondary_yaxis("right")  # the same ticks as perplexity
+    right.set_ylabel("perplexity")
     right.yaxis.set_major_formatter(lambda loss, _: f"{math.exp(min(loss, 700)):,.4g}")
     fig.savefig(Path(config.out_dir, "loss.png"))
 
@@ -577,8 +587,8 @@ def main():
         checkpoint, config = load_checkpoint(mode, flags)
     bpe = isinstance(checkpoint["vocab"], dict)
     tokenizer = (BPETokenizer.from_dict if bpe else CharTokenizer)(checkpoint["vocab"])
-    first = tokenizer.encode("\n") if bpe else [0]  # where a sample starts if there is no prompt
     device = pick_device(config.device)
+    first = tokenizer.encode("\n") if bpe else [0]  # where a sample starts if there is no prompt
     prompt = torch.tensor([tokenizer.encode(config.prompt.replace("\\n", "\n")) or first], device=device)
     if mode != "sample":
         train_ids, val_ids = load_splits(config, tokenizer, device)
@@ -590,6 +600,7 @@ def main():
     if training := mode in ("train", "resume"):
         try:
             Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=config.out_dir).close()  # a folder that is there may be read-only
         except OSError as error:
             sys.exit(f"error: cannot write to {config.out_dir} ({error}); name another folder: --out_dir")
         train(model, train_ids, val_ids, config, checkpoint)

@@ -418,6 +418,8 @@ def test_help_names_every_flag():
             ["--encode", "a", "--vocab_size", "300"],
             "bpe_vocab_300.json, only bpe_vocab_512.json; name a size with --vocab_size",
         ),
+        (["--encode", "a", "--data", "input.txt"], "--data"),
+        (["--decode", "9" * 5000], "--decode needs ids"),
         (["--out_dir", "input.txt"], "input.txt"),
     ],
     ids=lambda value: " ".join(value).replace("\udcff", "surrogate") if isinstance(value, list) else "",

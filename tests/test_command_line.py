@@ -15,7 +15,7 @@ from dataclasses import fields
 import matplotlib.image
 import pytest
 import torch
-from conftest import ROOT, RUNGS, TINY, VARIANTS, command, run_here, run_rung, tiny_flags
+from conftest import ROOT, RUNGS, TINY, VARIANTS, command, run_here, run_rung, tiny_config, tiny_flags
 
 from bpe_tokenizer import BPETokenizer
 
@@ -262,13 +262,29 @@ OTHER |= dict(weight_decay=9.0, dropout=0.5, grad_clip=1e-4, eval_interval=4, ev
 OTHER |= dict(temperature=0.3, top_k=1, top_p=0.2, prompt="The", max_new_tokens=9, context=2)
 OTHER |= dict(position_base=3.0, position_scale=9.0)
 KEPT = {"data", "out_dir", "block_size", "batch_size", "window", "n_embd", "n_head", "n_layer", "n_hidden"}
-KEPT |= {"init_std", "norm", "position", "tokenizer", "eval_tokens"}  # what --resume refuses
+KEPT |= {"init_std", "norm", "position", "position_base", "position_scale", "tokenizer", "eval_tokens"}
 SAMPLING = {"seed", "greedy", "temperature", "top_k", "top_p", "prompt", "max_new_tokens", "context"}
 SAMPLING |= {"device", "position_base", "position_scale"}  # what --sample takes
 
 
+def other(name, value):
+    """Another value for a field; a learner's new field has none in OTHER."""
+    if name in OTHER:
+        return OTHER[name]
+    return not value if isinstance(value, bool) else value + type(value)(1)
+
+
+def may_change(module, name, mode):
+    """Whether a mode takes another value for this field; the table above says so, not the rung."""
+    known = name in OTHER or name == "tokenizer"
+    if not known:
+        return name in module.MAY_CHANGE[mode]
+    return name not in KEPT if mode == "resume" else name in SAMPLING
+
+
 def flag(name, value):
-    return f"--{name}" if value is True else f"--{name}={value}"
+    no = "" if value else "no-"
+    return f"--{no}{name}" if isinstance(value, bool) else f"--{name}={value}"
 
 
 def outcome(process, out):
@@ -332,16 +348,17 @@ def test_a_flag_of_a_resumed_run_takes_effect_or_is_refused(rung, stopped, tmp_p
     plain = outcome(process, folder / "runs" / rung)
     saved = module.Config(**torch.load(kept / rung / "checkpoint.pt", weights_only=True)["config"])
     for name in (field.name for field in fields(module.Config)):
-        assert getattr(saved, name) != OTHER[name], f"OTHER needs another {name}"
-        process, before = resume(flag(name, OTHER[name]))
-        if name in KEPT:
-            assert refused(process, OTHER[name] if name == "out_dir" else f"--{name}"), name
+        value = other(name, getattr(saved, name))
+        assert getattr(saved, name) != value, f"OTHER needs another {name}"
+        process, before = resume(flag(name, value))
+        if not may_change(module, name, "resume"):
+            assert refused(process, value if name == "out_dir" else f"--{name}"), name
             after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
             assert before == after, name
         else:
             assert process.returncode == 0, f"{name}: {process.stderr}"
             metrics = json.loads((folder / "runs" / rung / "metrics.json").read_text(encoding="utf-8"))
-            assert metrics["config"][name] == OTHER[name]
+            assert metrics["config"][name] == value
             changed = outcome(process, folder / "runs" / rung) != plain
             assert changed == (name != "device"), name  # the device was this one already
 
@@ -362,12 +379,13 @@ def test_a_flag_of_a_finished_run_takes_effect_or_is_refused(rung, trained, tmp_
         for name in (field.name for field in fields(module.Config)):
             if name == "max_steps" and mode == "--resume":
                 continue
-            process = run_here(rung, mode, flag(name, OTHER[name]), cwd=folder)
-            if name == "device" or (name in SAMPLING and mode != "--evaluate"):
+            value = other(name, saved["config"][name])
+            process = run_here(rung, mode, flag(name, value), cwd=folder)
+            if name == "device" or (may_change(module, name, "sample") and mode != "--evaluate"):
                 assert process.returncode == 0, f"{mode} {name}: {process.stderr}"
                 assert (process.stdout != plain[mode].stdout) == (name != "device"), f"{mode} {name}"
             else:
-                assert refused(process, OTHER[name] if name == "out_dir" else f"--{name}"), name
+                assert refused(process, value if name == "out_dir" else f"--{name}"), name
             if mode == "--resume":
                 metrics = json.loads((folder / "runs" / rung / "metrics.json").read_text(encoding="utf-8"))
                 assert metrics["config"]["learning_rate"] == saved["config"]["learning_rate"]
@@ -430,6 +448,9 @@ def test_a_finished_run_survives_a_new_one(rung, folder):
     assert "step 8 and saved" in new_run(8)  # an unfinished run takes no finished one's place
     assert (out / "checkpoint.previous.pt").read_bytes() == finished["checkpoint.pt"]
     (out / "checkpoint.previous.pt").replace(out / "checkpoint.pt")
+    assert "step 7 and saved" in new_run(7)  # back in its place, without its metrics, it is kept again
+    assert (out / "checkpoint.previous.pt").read_bytes() == finished["checkpoint.pt"]
+    (out / "checkpoint.previous.pt").replace(out / "checkpoint.pt")
     process = run_here(rung, "--sample", cwd=folder)
     assert process.returncode == 0 and process.stderr == ""
     assert process.stdout.rstrip("\n") == finished["sample.txt"].decode().rstrip("\n")
@@ -452,6 +473,11 @@ def test_checkpoints_that_lack_a_part_or_have_another_shape(rung, trained, tmp_p
     good = torch.load(folder / "runs" / rung / "checkpoint.pt", weights_only=True)
     name = next(iter(good["model"]))
     bad = [{key: value for key, value in good.items() if key != part} for part in good]
+    for part in good.keys() - {"version", "config"}:
+        kinds = [
+            value for value in (None, "x", [], torch.zeros(2)) if not isinstance(value, type(good[part]))
+        ]
+        bad += [good | {part: value} for value in kinds[:: 1 if rung == "v1_mlp" else 3]]
     bad += [good | {"config": good["config"] | {"block_size": value}} for value in ("8", [8], None, 8.5, -1)]
     bad += [good | {"config": good["config"] | {"seed": "x"}}, good | {"config": {"unknown": 1}}]
     bad += [good | {"config": good["config"] | {"prompt": 5}}, good | {"config": None}, [good], 5]
@@ -530,7 +556,8 @@ def test_ctrl_c_during_an_import_shows_no_traceback(rung, tmp_path):
 
 def test_stdout_may_be_any_object(rung, trained):
     folder, _ = trained(rung)
-    code = "import io, runpy, sys; sys.stdout = io.StringIO(); sys.argv = sys.argv[1:]; "
+    code = f"import io, runpy, sys; sys.path.insert(0, {str(ROOT)!r}); "
+    code += "sys.stdout = io.StringIO(); sys.argv = sys.argv[1:]; "
     code += "runpy.run_path(sys.argv[0], run_name='__main__'); sys.stderr.write(sys.stdout.getvalue())"
     args = [
         sys.executable,
@@ -560,6 +587,27 @@ def test_texts_that_are_empty_or_too_small(rung, folder):
     assert "note" not in run_here(rung, *flags, cwd=folder).stdout
 
 
+def test_attention_picture_of_a_prompt_with_a_new_line(folder):
+    flags = [*tiny_flags(importlib.import_module("v2_attention")), r"--prompt=First\nCitizen"]
+    process = run_here("v2_attention", *flags, cwd=folder)
+    assert process.returncode == 0 and (folder / "runs/v2_attention/attention.png").exists(), process.stderr
+
+
+def test_perplexity_axis_has_the_ticks_of_the_loss(module, tmp_path):
+    history = [{"step": step, "train_loss": 4 / step, "val_loss": 4.2 / step} for step in (1, 2, 3)]
+    with pytest.MonkeyPatch.context() as patch:
+        figures, real = [], module.plt.subplots
+        patch.setattr(module.plt, "subplots", lambda **rest: figures.append(real(**rest)) or figures[-1])
+        module.save_report({"history": history}, "", tiny_config(module, out_dir=str(tmp_path)))
+    _, left = figures[0]
+    right = left.child_axes[0]
+    assert right.get_ylim() == left.get_ylim() and right.get_yticks().tolist() == left.get_yticks().tolist()
+    labels = dict(zip(right.get_yticks(), [text.get_text() for text in right.get_yticklabels()], strict=True))
+    assert any(
+        float(label.replace(",", "")) == pytest.approx(math.exp(y), rel=1e-3) for y, label in labels.items()
+    )
+
+
 def test_attention_picture_of_a_text_without_glyphs_warns_of_nothing(folder):
     (folder / "other.txt").write_text("\u4e2d\u6587\u5b57 \U0001f9c0" * 300, encoding="utf-8")
     flags = [*tiny_flags(importlib.import_module("v2_attention")), "--data=other.txt"]
@@ -571,3 +619,6 @@ def test_an_unwritable_folder_is_refused_before_any_work(rung, folder):
     module = importlib.import_module(rung)
     process = run_here(rung, *tiny_flags(module), "--out_dir=input.txt/below", cwd=folder)
     assert refused(process, "input.txt", "--out_dir") and "step/s" not in process.stderr
+    if sys.platform == "linux":  # a folder that exists, where not even root can write
+        process = run_here(rung, *tiny_flags(module), "--out_dir=/proc", cwd=folder)
+        assert refused(process, "/proc", "--out_dir") and "step/s" not in process.stderr

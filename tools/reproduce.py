@@ -1,36 +1,61 @@
-"""Run the rungs with their defaults; rewrite every number and picture that README and logs show of them.
+"""Rerun what is published; rewrite every number and picture that README, docstrings and logs show of it.
 
-    python tools/reproduce.py             all rungs, then the experiments of every week (90 minutes)
-    python tools/reproduce.py v0 v3       these rungs only
-    python tools/reproduce.py --tables    run nothing: rewrite tables and ladder.png from logs/results.json
+    python tools/reproduce.py             train what is stale or missing: the rungs with their defaults, then
+                                          the experiments of every week
+    python tools/reproduce.py v0 v5_mine  train these rungs anew with their defaults, nothing else
+    python tools/reproduce.py --all       all that is published: as without arguments, then the experiments
+                                          that take hours, the tokenizer's bench, the race (--nanogpt PATH)
+    python tools/reproduce.py --tables    train nothing: rewrite text and pictures from logs/results.json
 
-Written: logs/results.json, the ladder table in README, logs/ladder.png, each docstring's `Result:` line.
+A run is kept below runs/ with a key: a hash of the rung's code, flags and text, the number of threads and
+PyTorch's version. Where the key is the same, nothing is trained. A fresh clone keeps no run: there, on two
+cores, it takes about three hours, and --all about six. The rungs alone take a quarter of an hour. Ctrl-C ends
+it at any time; what is done is kept, and the same command goes on with the rest. What --all cannot measure
+here stays as it is stored, and it says so: the race without PATH, the bench without all of its peers (see
+tests/bench_bpe.py), week 5's `elsewhere` without the text it is about.
+
+Written: logs/results.json, the tables and pictures of README and logs, each docstring's `Result:` line. With
+`git checkout README.md logs v0* v1* v2* v3* v4*` all of this is as it was, other edits in these files too.
 """
 
 import argparse
 import importlib
-import json
+import importlib.util
 import re
+import signal
 import subprocess
 import sys
 
 import matplotlib.pyplot as plt
-from common import LOGS, ROOT, fill, load_results, store, table
-
-RUNGS = sorted(path.stem for path in ROOT.glob("v[0-9]*_*.py"))
+from common import LOGS, ROOT, RUNGS, STOPPED, fill, fill_logs, kept, load_results, run_default, store, table
+from race_nanogpt import checkout
 
 # Figures of nanoGPT that the text compares with: its README's for an A100, and one of its CPU command.
 REFERENCES = {"nanogpt_gpu_val_loss": 1.4697, "val_loss_to_pass": 1.886}
+WEEKS = sorted((path.stem for path in ROOT.glob("tools/week_*.py")), key=lambda name: int(name[5:]))
+PEERS = ("minbpe", "tiktoken", "tokenizers", "rustbpe")  # of the tokenizer, in tests/bench_bpe.py
+NOT_MEASURED = "Result: not measured yet."
 
 
-def run_rung(rung):
-    """Train a rung with its defaults in a process of its own; store its metrics."""
-    print(f"\n{rung}", flush=True)
-    subprocess.run([sys.executable, f"{rung}.py"], cwd=ROOT, check=True)
-    metrics = json.loads((ROOT / "runs" / rung / "metrics.json").read_text(encoding="utf-8"))
-    metrics["sample"] = (ROOT / "runs" / rung / "sample.txt").read_text(encoding="utf-8")
+def run_rung(rung, anew):
+    """Train a rung with its defaults unless that run is kept and not wanted `anew`; store its metrics."""
+    folder = ROOT / "runs" / rung
+    metrics = None if anew else kept(rung, folder, {}, {})
+    print(f"{rung}: {'kept' if metrics else 'training'}", flush=True)
+    metrics = metrics or run_default(rung)
+    metrics["sample"] = (folder / "sample.txt").read_text(encoding="utf-8")
     del metrics["config"]
     store("rungs", rung, metrics)
+
+
+def run_tool(*args):
+    """Run another tool in a process of its own. Ctrl-C ends it; it says what is kept, so we say nothing."""
+    process = subprocess.Popen([sys.executable, *args], cwd=ROOT)
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    code = process.wait()
+    signal.signal(signal.SIGINT, heard)
+    if code:
+        sys.exit(code)
 
 
 def lines_changed(rung):
@@ -52,35 +77,35 @@ def result_line(metrics):
     )
 
 
+def week_and_idea(rung):
+    """What the first line of a rung's docstring says: \"\"\"v4, week 5: positions (Su et al. 2021). ..."""
+    first_line = (ROOT / f"{rung}.py").read_text(encoding="utf-8").split("\n")[0]
+    found = re.match(r'"""v\d+, week (\d+): (.+?)[.(]', first_line)
+    if not found:
+        sys.exit(f'error: {rung}.py must begin with a line such as """{rung.split("_")[0]}, week 5: an idea.')
+    return found[1], found[2].strip()
+
+
+def share_of_nanogpt(metrics, results):
+    """The seconds of a run as a percentage of those of nanoGPT's CPU command, if timed on one machine."""
+    race = results.get("race", {})
+    if "machine" not in metrics or metrics["machine"] != race.get("machine"):
+        return "-"
+    return f"{100 * metrics['seconds'] / race['nanogpt']['seconds']:.0f}%"
+
+
 def ladder_table(results):
-    """The ladder as a Markdown table, one row a rung."""
-    header = [
-        "rung",
-        "week",
-        "idea",
-        "parameters",
-        "val loss",
-        "bits/char",
-        "seconds",
-        "lines changed",
-        "log",
-    ]
+    """The ladder as a Markdown table, one row for each rung that has run."""
+    header = ["rung", "week", "idea", "parameters", "val loss", "bits/char", "seconds", "of nanoGPT's"]
     rows = []
-    for rung in RUNGS:
-        first_line = (ROOT / f"{rung}.py").read_text(encoding="utf-8").split("\n")[0]
-        week, idea = re.match(r'"""v\d+, week (\d+): (.+?)[.(]', first_line).groups()
-        m = results["rungs"][rung]
-        numbers = [
-            f"{m['params']:,}",
-            f"{m['val_loss']:.4f}",
-            f"{m['bits_per_char']:.2f}",
-            f"{m['seconds']:.0f}",
-        ]
-        log = f"[week {week}](logs/week_{week}.md)"
-        rows.append(
-            [f"[{rung}.py]({rung}.py)", week, idea.strip(), *numbers, lines_changed(rung) or "-", log]
-        )
-    return table(header, rows)
+    for rung in [rung for rung in RUNGS if rung in results["rungs"]]:
+        m, (week, idea) = results["rungs"][rung], week_and_idea(rung)
+        numbers = [f"{m['params']:,}", f"{m['val_loss']:.4f}", f"{m['bits_per_char']:.2f}"]
+        numbers += [f"{m['seconds']:.0f}", share_of_nanogpt(m, results), lines_changed(rung) or "-"]
+        has_log = (LOGS / f"week_{week}.md").exists()
+        log = f"[week {week}](logs/week_{week}.md)" if has_log else "-"
+        rows.append([f"[{rung}.py]({rung}.py)", week, idea, *numbers, log])
+    return table([*header, "lines changed", "log"], rows)
 
 
 def readme_blocks(results):
@@ -90,58 +115,94 @@ def readme_blocks(results):
 
 
 def plot_ladder(results):
-    """Write logs/ladder.png: the validation curves of all rungs over training time."""
-    fig, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for rung in RUNGS:
-        history = results["rungs"][rung]["history"]
-        ax.plot([point["seconds"] for point in history], [point["val_loss"] for point in history], label=rung)
-    ax.set(
-        xscale="log",
-        xlabel="training time on two CPU cores (seconds)",
-        ylabel="val loss (nats per character)",
-    )
+    """Write logs/ladder.png: the validation curves of all rungs over training time, and how each ends."""
+    runs = {rung: results["rungs"][rung] for rung in RUNGS if rung in results["rungs"]}
+    fig, ax = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    for i, (rung, run) in enumerate(runs.items()):
+        seconds = [point["seconds"] for point in run["history"]]
+        ax.plot(seconds, [point["val_loss"] for point in run["history"]], color=f"C{i}", label=rung)
+        ax.plot(run["seconds"], run["val_loss"], "o", color=f"C{i}", markeredgecolor="black")
+    ax.plot([], [], "o", color="white", markeredgecolor="black", label="at the end, on the whole split")
+    mlp, attention = (runs[rung] for rung in ("v1_mlp", "v2_attention"))
+    passes = [point["seconds"] for point in attention["history"] if point["val_loss"] < mlp["val_loss"]]
+    text = f"v1 has {mlp['val_loss']:.2f} after {mlp['seconds']:.0f} s,\n"
+    text += f"v2 is there after {passes[0]:.0f} s" if passes else "v2 does not get there"
+    ax.text(mlp["seconds"], mlp["val_loss"] - 0.02, text, ha="right", va="top")
+    end = (passes[0] if passes else attention["seconds"], mlp["val_loss"])
+    ax.annotate("", (mlp["seconds"], mlp["val_loss"]), end, arrowprops={"arrowstyle": "<->"})
+    machines = {run.get("machine", "") for run in runs.values()}
+    where = f" on {machines.pop()}" if len(machines) == 1 and "" not in machines else ""
+    ax.set(xscale="log", xlabel=f"training time{where} (seconds)", ylabel="val loss (nats per character)")
+    ax.xaxis.set_major_formatter("{x:g}")
     ax.grid(alpha=0.3)
     ax.legend()
     fig.savefig(LOGS / "ladder.png", dpi=100)
+    plt.close(fig)
 
 
 def rewrite():
     """Rewrite from logs/results.json all that README, the docstrings and the weekly logs show of it."""
     results = load_results()
-    if missing := set(RUNGS) - results.get("rungs", {}).keys():
-        print(f"no tables yet: {', '.join(sorted(missing))} has not run")
-        return
-    for rung in RUNGS:
+    for rung in [rung for rung in RUNGS if rung in results["rungs"]]:
         path = ROOT / f"{rung}.py"
-        text = re.sub(
-            r"^Result: .*$", result_line(results["rungs"][rung]), path.read_text("utf-8"), flags=re.M
-        )
+        line = result_line(results["rungs"][rung])
+        text = re.sub(r"^Result: .*$", line, path.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
         path.write_text(text, encoding="utf-8", newline="\n")
     fill(ROOT / "README.md", readme_blocks(results))
     plot_ladder(results)
-    for path in sorted(LOGS.glob("week_*.md")):
-        fill(path, importlib.import_module(path.stem).tables(results))
+    for name in WEEKS:
+        week = importlib.import_module(name)
+        fill_logs(int(name[5:]), week.EXPERIMENTS, week.tables)
+
+
+def named(names):
+    """The rungs of these names: v3_gpt, or v3 for all of that number."""
+    chosen = [rung for rung in RUNGS if rung in names or rung.split("_")[0] in names]
+    known = {*RUNGS, *(rung.split("_")[0] for rung in RUNGS)}
+    if unknown := [name for name in names if name not in known]:
+        sys.exit(f"error: no rung {', '.join(unknown)}; the rungs are {', '.join(RUNGS)}, or v0, v1 ...")
+    return chosen
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("rungs", nargs="*", help="v0 v1 ...; none: everything, the weekly experiments too")
-    parser.add_argument("--tables", action="store_true", help="run nothing, rewrite the tables only")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("rungs", nargs="*", help="v0 v1 ...: train these anew, and nothing else")
+    parser.add_argument("--all", action="store_true", help="all that is published")
+    parser.add_argument("--nanogpt", metavar="PATH", help="with --all: a checkout of nanoGPT to race against")
+    parser.add_argument("--tables", action="store_true", help="train nothing, rewrite text and pictures only")
     args = parser.parse_args()
-    chosen = [
-        rung for rung in RUNGS if not args.rungs or rung.split("_")[0] in args.rungs or rung in args.rungs
-    ]
-    if len(chosen) < len(set(args.rungs)):
-        sys.exit(f"error: the rungs are {', '.join(RUNGS)}, or v0, v1 ...; got {' '.join(args.rungs)}")
+    if sum(map(bool, (args.rungs, args.all, args.tables))) > 1 or (args.nanogpt and not args.all):
+        sys.exit(
+            "error: give names of rungs, or --all, with or without --nanogpt PATH, or --tables, or nothing"
+        )
+    chosen = named(args.rungs)
+    for rung in RUNGS:  # what is wrong should be said now rather than after hours
+        week_and_idea(rung)
+    if args.nanogpt:
+        checkout(args.nanogpt)
     if not args.tables:
         for name, value in REFERENCES.items():
             store("references", name, value)
-        for rung in chosen:
-            run_rung(rung)
-        for path in [] if args.rungs else sorted(ROOT.glob("tools/week_*.py")):
-            subprocess.run([sys.executable, path], cwd=ROOT, check=True)
+        for rung in chosen or RUNGS:
+            run_rung(rung, anew=bool(chosen))
+        for name in [] if chosen else WEEKS:
+            run_tool(f"tools/{name}.py", *["--all"] * args.all)
+        if args.all:
+            if missing := [name for name in PEERS if not importlib.util.find_spec(name)]:
+                print(f"bench: its stored figures stay, {', '.join(missing)} not installed")
+            else:
+                run_tool("tests/bench_bpe.py", "--store")
+            if args.nanogpt:
+                run_tool("tools/race_nanogpt.py", args.nanogpt)
+            else:
+                print("race: its stored figures stay, no --nanogpt PATH is given")
     rewrite()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(f"\n{STOPPED}")

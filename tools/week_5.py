@@ -1,21 +1,24 @@
 """The experiments of week 5: python tools/week_5.py [experiment ...]"""
 
-import json
+import hashlib
 import math
-import shutil
+import os
 import statistics
+import sys
+import time
 import unicodedata
 from collections import Counter
-from contextlib import redirect_stdout
 from dataclasses import replace
-from io import StringIO
 from itertools import islice, pairwise
+from pathlib import Path
 from unittest.mock import patch
 
 import matplotlib.pyplot as plt
 import regex
 import torch
-from common import LOGS, ROOT, run, run_experiments, table
+import torch.nn.functional as F
+from common import LOGS, ROOT, load_results, machine, run, run_all, run_experiments, spread, table
+from week_4 import SEEDS, race_table, seeds
 
 import bpe_tokenizer
 import v4_rope_alibi as v4
@@ -26,6 +29,7 @@ TRAIN, VAL = TEXT[: int(0.9 * len(TEXT))], TEXT[int(0.9 * len(TEXT)) :]
 SPLITS = {"train": TRAIN, "val": VAL}
 SIZES = [256, 512, 1024, 2048, 4096, 8192]
 FOLDER = ROOT / "runs" / "experiments"
+TIMES = (1, 2, 4, 8)  # lengths of the windows in which position schemes are tested, in block_size
 
 # How v4's defaults were found, in the order of the trials, from v3's recipe on; the last is the longer run.
 RECIPE_COLUMNS = "blocks x width,heads,batch x block,rate,floor,std,beta2,dropout,decay,steps,train,val"
@@ -54,6 +58,20 @@ RECIPES = [
     dict(n_embd=192, block_size=256, batch_size=8, dropout=0.1, learning_rate=0.003, init_std=0.08)
     | dict(max_steps=8500, eval_interval=850),
 ]
+
+# For each rung the flags of a run and its neighbours, what they change: does the recipe win elsewhere too?
+NEIGHBOURS = {
+    "v1_mlp": (
+        dict(max_steps=800, eval_interval=400),
+        {"chosen": {}} | {f"rate {rate}": dict(learning_rate=rate) for rate in (0.0035, 0.007)},
+    ),
+    "v4_rope_alibi": (
+        dict(position="rope", max_steps=550, eval_interval=275),
+        {"chosen": {}}
+        | {f"rate {rate}": dict(learning_rate=rate) for rate in (0.0028, 0.0056)}
+        | {"std 0.14": dict(init_std=0.14)},
+    ),
+}
 
 # ------------------------------------------ the tokenizer ------------------------------------------
 
@@ -166,7 +184,12 @@ def examples():
 def unknown():
     """How much of the validation split words, characters and bytes from the training split cannot write."""
     results = {}
-    for name, split in (("words", SPLIT.findall), ("characters", list), ("bytes", str.encode)):
+    for name, split in (
+        ("words", SPLIT.findall),
+        ("between spaces", str.split),
+        ("characters", list),
+        ("bytes", str.encode),
+    ):
         train, val = set(split(TRAIN)), split(VAL)
         results[name] = {"known": len(train), "val": len(val), "unknown": sum(x not in train for x in val)}
         results[name]["share"] = results[name]["unknown"] / len(val)
@@ -271,119 +294,315 @@ def unicode_editions():
 
 
 def turned_by_hand():
-    """RoPE of one pair of numbers, q = (1, 0) and k = (0, 1) at some places; ALiBi of 4 heads, 4 tokens."""
+    """RoPE of one pair of numbers, q = (1, 0) and k = (0, 1) at some places; ALiBi of 4 heads, 4 tokens.
+
+    Also how many tokens the slowest angle of a head and of the sines needs for one radian, the base that
+    grows with the window, and the val loss before training of two initial spreads.
+    """
     config = v4.Config(n_embd=2, n_head=1)
-    q, k = (v4.apply_rope(torch.eye(2)[i].expand(1, 1, 110, 2), config)[0, 0] for i in (0, 1))
+    rotation = v4.rope_rotation(110, config, "cpu")
+    q, k = (v4.apply_rope(torch.eye(2)[i].expand(1, 1, 110, 2), rotation)[0, 0] for i in (0, 1))
     places = ((5, 3), (105, 103), (5, 4))
-    bias = v4.alibi_bias(4, v4.Config(n_head=4), "cpu")[:, 3]
+    bias = v4.alibi_bias(4, v4.Config(n_head=4), "cpu")[0, :, 3]  # (n_head, T): the last place
+    first_losses = {}
+    for std in (0.02, 0.1):
+        config = v4.Config(data=str(ROOT / "input.txt"), init_std=std)
+        torch.manual_seed(1)
+        model, (_, val_ids) = new_model(config), splits(config)
+        first_losses[str(std)] = v4.evaluate(model, val_ids, config, config.eval_tokens)
     return {
         "q5": q[5].tolist(),
         "k3": k[3].tolist(),
         "scores": {f"{i} {j}": (q[i] @ k[j]).item() for i, j in places},
         "alibi": {"bias": bias.tolist(), "weights": bias.softmax(-1).tolist()},
+        "slowest": {str(D): 1 / v4.position_angles(2, D, config, "cpu")[1, -1].item() for D in (16, 128)},
+        "bases": {str(n): raised_base(config, n) for n in (2, 4)},
+        "first_losses": first_losses,
     }
 
 
+def short_run(position="rope", **flags):
+    """A quarter of a default run of v4, for run_all."""
+    return "v4_rope_alibi", None, dict(position=position, max_steps=550, eval_interval=275) | flags
+
+
+def short_runs(position):
+    """The short runs of a scheme by name, so that experiments share them; three seeds where we rank."""
+    seeds = SEEDS if position in ("learned", "rope", "alibi") else SEEDS[:1]
+    return {f"{position}_{seed}": short_run(position, seed=seed) for seed in seeds}
+
+
+def splits(config):
+    """The ids of characters to train on and for validation."""
+    return v4.load_splits(config, v4.CharTokenizer("".join(sorted(set(TEXT)))), "cpu")
+
+
+def new_model(config):
+    """A model of characters."""
+    return v4.LanguageModel(config, len(set(TEXT)))
+
+
+def longer(run_name, n, **changes):
+    """The model of a run, to be used in windows n times as long: the model and its Config."""
+    saved = torch.load(FOLDER / run_name / "checkpoint.pt", weights_only=True)
+    config = v4.Config(**saved["config"] | {"data": str(ROOT / "input.txt")})
+    rows = max(1, config.batch_size // n)
+    config = replace(config, block_size=n * config.block_size, batch_size=rows, **changes)
+    model = new_model(config)
+    model.load_state_dict(saved["model"])
+    return model, config
+
+
+@torch.inference_mode()
+def window_losses(model, config):
+    """Val loss in consecutive windows of block_size: mean over all places, and over the last quarter."""
+    T, (_, ids) = config.block_size, splits(config)
+    padding = -(len(ids) - 1) % T  # fills up the last window
+    x = F.pad(ids[:-1], (0, padding)).view(-1, T)
+    y = F.pad(ids[1:], (0, padding), value=-100).view(-1, T)  # cross_entropy gives -100 a loss of 0
+    model.eval()
+    rows = zip(x.split(config.batch_size), y.split(config.batch_size), strict=True)
+    losses = [F.cross_entropy(model(xb).transpose(1, 2), yb, reduction="none") for xb, yb in rows]
+    losses, counted = torch.cat(losses), y != -100  # both (windows, T)
+    model.train()
+    return [(losses[:, t:].sum() / counted[:, t:].sum()).item() for t in (0, 3 * T // 4)]
+
+
 def compare():
-    """`python v4_rope_alibi.py --compare --resume`: losses by window and of training, and the picture."""
-    out = FOLDER / "compare"
-    with redirect_stdout(StringIO()):
-        losses = v4.compare_positions({"data": str(ROOT / "input.txt"), "out_dir": str(out)}, resume=True)
-    shutil.copy(out / "positions.png", LOGS / "week_5_positions.png")
-    results = {"losses": losses, "runs": {}}
-    for position in v4.POSITIONS:
-        metrics = json.loads((out / position / "metrics.json").read_text(encoding="utf-8"))
-        results["runs"][position] = {
-            key: metrics[key] for key in ("params", "train_loss", "val_loss", "history")
-        }
+    """All schemes trained alike, then tested in windows of 128 to 1,024 characters."""
+    runs = {position: short_runs(position) for position in v4.POSITIONS}
+    metrics = run_all({name: job for jobs in runs.values() for name, job in jobs.items()})
+    results = {"runs": {}, "windows": {}}
+    for position, names in runs.items():
+        row = {key: spread(metrics[name][key] for name in names) for key in ("train_loss", "val_loss")}
+        results["runs"][position] = row | {"params": metrics[f"{position}_1"]["params"]}
+        ways = {position: lambda n: {}}
+        if position == "rope":
+            ways["rope, interpolated"] = lambda n: {"position_scale": float(n)}
+        for way, changes in ways.items():
+            results["windows"][way] = {}
+            for n in [1] if position == "learned" else TIMES:
+                losses = [window_losses(*longer(name, n, **changes(n))) for name in names]
+                whole, last = zip(*losses, strict=True)
+                results["windows"][way][str(128 * n)] = {"whole": spread(whole), "last": spread(last)}
+            print(f"  {way}: tested", flush=True)
+    plot_windows(results["windows"])
     return results
 
 
-def interpolation():
-    """The RoPE model of `compare` in longer windows: as it is, positions divided, base raised.
+def plot_windows(windows):
+    """Draw week_5_positions.png: the loss of each scheme over the length of the window, each seed thin."""
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True, layout="constrained")
+    lengths = [128 * n for n in TIMES]
+    for part, ax in zip(("whole", "last"), axes, strict=True):
+        for color, (way, row) in enumerate(windows.items()):
+            T = sorted(map(int, row))
+            style = dict(color=f"C{color}", linestyle="--" if "," in way else "-", zorder=2)
+            for i in range(len(row["128"][part]["values"])):
+                ax.plot(T, [row[str(t)][part]["values"][i] for t in T], lw=0.7, alpha=0.5, **style)
+            means = [row[str(t)][part]["mean"] for t in T]
+            if way == "learned":  # one length only: it has no vector for place 129
+                ax.plot(T, means, "*", ms=18, mfc="none", mec="C0", mew=2, label="learned: 128 only")
+            else:
+                ax.plot(T, means, "o", lw=2, ls=style.pop("linestyle"), label=way, **style)
+        ax.set(xscale="log", xlabel="window (characters)", xlim=(112, 1170))
+        ax.set_xticks(lengths, map(str, lengths))
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+    axes[0].set(title="mean over the whole window", ylabel="val loss (nats per character)")
+    axes[1].set(title="mean over its last quarter")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    fig.savefig(LOGS / "week_5_positions.png", dpi=90)
 
-    Each before and after 200 more steps. The raised base is the "NTK-aware" one of a forum post (bloc97,
-    2023), base * n^(D / (D - 2)) for n times the length, heads of D: only the fastest angle stays as it is.
+
+def raised_base(config, n):
+    """The base for n times the window by the rule of bloc97 (2023), "NTK-aware scaled RoPE", a forum post.
+
+    base * n^(D / (D - 2)) with heads of D: the fastest angle stays, the slowest is divided by n.
     """
-    saved = torch.load(FOLDER / "compare/rope/checkpoint.pt", weights_only=True)
-    old, tokenizer = v4.Config(**saved["config"]), v4.CharTokenizer(saved["vocab"])
-    train_ids, val_ids = v4.load_splits(old, tokenizer, "cpu")
-    D = old.n_embd // old.n_head
+    D = config.n_embd // config.n_head
+    return config.position_base * n ** (D / (D - 2))
+
+
+def interpolation():
+    """The RoPE models of `compare` in longer windows: as they are, positions divided, base raised.
+
+    That of seed 1 also after 200 more steps in these windows.
+    """
+    names = short_runs("rope")
+    run_all(names)
     results = {}
     for n in (2, 4):
         ways = {
             "as it is": {},
             "positions divided": {"position_scale": float(n)},
-            "base raised": {"position_base": old.position_base * n ** (D / (D - 2))},
+            "base raised": {"position_base": raised_base(v4.Config(), n)},
         }
         for way, changes in ways.items():
+            before = [window_losses(*longer(name, n, **changes)) for name in names]
             out_dir = FOLDER / f"interpolation_{n}_{way}"
             out_dir.mkdir(parents=True, exist_ok=True)
-            changes |= dict(block_size=n * old.block_size, batch_size=old.batch_size // n)
-            changes["out_dir"] = str(out_dir)
             changes |= dict(max_steps=200, learning_rate=0.001, warmup_steps=20, eval_interval=200)
-            config = replace(old, **changes)
-            model = v4.LanguageModel(config, len(tokenizer.vocab))
-            model.load_state_dict(saved["model"])
-            parts = (0, 3 * config.block_size // 4)
-            before = [v4.evaluate(model, val_ids, config, skip=skip) for skip in parts]
-            v4.train(model, train_ids, val_ids, config, {"step": 0, "seconds": 0.0, "history": []})
-            after = [v4.evaluate(model, val_ids, config, skip=skip) for skip in parts]
-            results[f"{n} {way}"] = {"before": before, "after": after}
+            model, config = longer("rope_1", n, out_dir=str(out_dir), **changes)
+            torch.manual_seed(1)
+            v4.train(model, *splits(config), config, {"step": 0, "seconds": 0.0, "history": []})
+            whole, last = (spread(losses) for losses in zip(*before, strict=True))
+            results[f"{n} {way}"] = {"whole": whole, "last": last, "after": window_losses(model, config)}
     return results
 
 
 def norms():
-    """LayerNorm and RMSNorm, 600 steps: val loss."""
-    runs = {norm: run("v4_rope_alibi", f"norm_{norm}", norm=norm, max_steps=600) for norm in v4.NORMS}
-    return {norm: {key: m[key] for key in ("params", "val_loss", "seconds")} for norm, m in runs.items()}
+    """LayerNorm and RMSNorm, three short runs each: val loss."""
+    names = {
+        "layernorm": short_runs("rope"),
+        "rmsnorm": {f"rmsnorm_{seed}": short_run(seed=seed, norm="rmsnorm") for seed in SEEDS},
+    }
+    metrics, results = run_all(names["layernorm"] | names["rmsnorm"]), {}
+    for norm in v4.NORMS:
+        runs = [metrics[name] for name in names[norm]]
+        losses = spread(m["val_loss"] for m in runs)
+        results[norm] = {"params": runs[0]["params"], "val_loss": losses}
+    return results
+
+
+def norm_speed():
+    """Milliseconds of a training step of v4 with LayerNorm and with RMSNorm, in turn: median of 30."""
+    train_ids, _ = splits(v4.Config(data=str(ROOT / "input.txt")))
+    steps, times = {}, {norm: [] for norm in v4.NORMS}
+    for norm in v4.NORMS:
+        config = v4.Config(norm=norm)
+        model = new_model(config)
+        steps[norm] = config, model, v4.make_optimizer(model, config)
+    for _ in range(35):
+        for norm, (config, model, optimizer) in steps.items():
+            start = time.perf_counter()
+            x, y = v4.get_batch(train_ids, config)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+            optimizer.step()
+            times[norm].append(time.perf_counter() - start)
+    medians = {norm: 1000 * statistics.median(seconds[5:]) for norm, seconds in times.items()}
+    return medians | {"machine": machine()}
+
+
+def threads():
+    """The first RoPE run with one thread, and with all cores."""
+    name, (rung, replaced, flags) = next(iter(short_runs("rope").items()))
+    one, all_cores = run_all({name: (rung, replaced, flags)})[name], run(rung, "rope_threads", **flags)
+    return {str(m["threads"]): m["val_loss"] for m in (one, all_cores)}
+
+
+def kind_of(token):
+    """The kind of a token by its first character that is no space, for its colour in a picture."""
+    first = token.strip()[:1]
+    if not first.isalpha():
+        return "digit" if first.isdigit() else "punctuation, space"
+    return "capital" if first.isupper() else "vowel" if first in "aeiou" else "consonant"
+
+
+def plot_embeddings(model, tokenizer, ids, path):
+    """Draw the 100 most frequent tokens of `ids` (N,) in the two principal components of their embeddings."""
+    ids, counts = ids.unique(return_counts=True)
+    ids = ids[counts.argsort(descending=True)[:100]]
+    tokens = [tokenizer.decode([i]) for i in ids.tolist()]
+    vectors = model.token_embedding.weight.detach()[ids]  # (100, C)
+    _, _, axes = torch.linalg.svd(vectors - vectors.mean(dim=0))
+    points = (vectors @ axes[:2].T).numpy()
+    fig, ax = plt.subplots(figsize=(9, 6), layout="constrained")
+    for color, kind in enumerate(("vowel", "consonant", "capital", "digit", "punctuation, space")):
+        members = [i for i, token in enumerate(tokens) if kind_of(token) == kind]
+        ax.scatter(*points[members].T, 200, f"C{color}", alpha=0.15, label=kind)
+        for i in members:
+            label = repr(tokens[i])[1:-1].replace(" ", "\u2423")
+            ax.text(*points[i], label, color=f"C{color}", ha="center", va="center", parse_math=False)
+    ax.set(xlabel="first principal component", ylabel="second principal component")
+    fig.legend(title="first character", loc="outside right upper")
+    fig.savefig(path, dpi=90)
 
 
 def vocabularies():
-    """Bits per character of characters and BPE, with the multiplications of half a default run.
+    """Bits per character of characters and BPE, with the multiplications of a quarter of a default run.
 
     A token costs about 6 floating-point operations for each weight of a matrix, the token embedding apart.
     """
-    results, all_tokenizers = {}, tokenizers()
     defaults = v4.Config()
     inner = 12 * defaults.n_layer * defaults.n_embd**2
-    for size in (65, 512, 1024, 2048):
-        flags, cost = {}, inner + size * defaults.n_embd
-        if size > 65:
-            path = FOLDER / f"bpe_{size}.json"
-            all_tokenizers[size].save(path)
-            flags = {"tokenizer": path}
-        steps = round(defaults.max_steps / 2 * (inner + 65 * defaults.n_embd) / cost)
-        m = run("v4_rope_alibi", f"vocabulary_{size}", max_steps=steps, **flags)
-        keys = ("params", "steps", "tokens", "seconds", "train_loss", "val_loss", "bits_per_char", "history")
-        results[str(size)] = {key: m[key] for key in keys}
-        results[str(size)]["sample"] = (FOLDER / f"vocabulary_{size}/sample.txt").read_text("utf-8")[:300]
+    jobs, read, all_tokenizers = {65: short_runs("rope")}, {65: 1.0}, tokenizers()
+    for size in (512, 1024, 2048):
+        path = FOLDER / f"bpe_{size}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        all_tokenizers[size].save(path)
+        read[size] = len(TRAIN) / len(all_tokenizers[size].encode(TRAIN))  # characters in a training token
+        cost = (inner + size * defaults.n_embd) / (inner + 65 * defaults.n_embd)
+        steps = round(550 / cost)
+        jobs[size] = {
+            f"vocabulary_{size}_{seed}": short_run(seed=seed, tokenizer=path, max_steps=steps)
+            for seed in SEEDS
+        }
+    metrics, results = run_all({name: job for runs in jobs.values() for name, job in runs.items()}), {}
+    for size, names in jobs.items():
+        runs = [metrics[name] for name in names]
+        results[str(size)] = {key: runs[0][key] for key in ("params", "steps", "tokens")}
+        results[str(size)]["characters"] = runs[0]["tokens"] * read[size]
+        for key in ("val_loss", "bits_per_char"):
+            results[str(size)][key] = spread(m[key] for m in runs)
         if size in (65, 1024):
-            shutil.copy(FOLDER / f"vocabulary_{size}/embeddings.png", LOGS / f"week_5_embeddings_{size}.png")
+            saved = torch.load(FOLDER / next(iter(names)) / "checkpoint.pt", weights_only=True)
+            tokenizer = v4.CharTokenizer(saved["vocab"]) if size == 65 else all_tokenizers[size]
+            model = v4.LanguageModel(v4.Config(**saved["config"]), size)
+            model.load_state_dict(saved["model"])
+            ids = torch.tensor(tokenizer.encode(TRAIN))
+            plot_embeddings(model, tokenizer, ids, LOGS / f"week_5_embeddings_{size}.png")
     return results
 
 
 def recipes():
-    """All RECIPES, two hours: what is done already in runs/experiments is not repeated."""
+    """All RECIPES, two hours."""
     results = []
     for number, flags in enumerate(RECIPES):
-        done = FOLDER / f"recipe_{number}/metrics.json"
-        metrics = (
-            json.loads(done.read_text("utf-8"))
-            if done.exists()
-            else run("v4_rope_alibi", f"recipe_{number}", **flags)
-        )
+        metrics = run("v4_rope_alibi", f"recipe_{number}", **flags)
         keys = ("params", "steps", "tokens", "seconds", "threads", "train_loss", "val_loss")
         config = {name: x for name, x in metrics["config"].items() if name not in ("data", "out_dir")}
         results.append({key: metrics[key] for key in keys} | {"config": config})
     return results
 
 
+def elsewhere():
+    """The recipes of v1 and v4 and their NEIGHBOURS, on our text and on one that no choice has seen.
+
+    That is WikiText-2's test file, which is no part of this project; its first 1,115,394 characters are
+    used, as many as input.txt has. ELSEWHERE=wiki.test.tokens python tools/week_5.py elsewhere
+    """
+    if "ELSEWHERE" not in os.environ:
+        print("  ELSEWHERE names no file: what is stored stays")
+        return load_results()["week_5"]["elsewhere"]
+    file = Path(os.environ["ELSEWHERE"])
+    if not file.is_file():
+        sys.exit(f"error: ELSEWHERE={file} is no file; it must lead to wiki.test.tokens of WikiText-2")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    other = FOLDER / "elsewhere.txt"
+    other.write_text(file.read_text(encoding="utf-8")[: len(TEXT)], encoding="utf-8", newline="\n")
+    names, jobs = {}, {}
+    for rung, (flags, changes) in NEIGHBOURS.items():
+        for label, change in changes.items():
+            for where, data in (("here", {}), ("there", {"data": other})):
+                name = f"{where}_{rung}_{label}"
+                names[rung, label, where] = name = "rope_1" if name == "here_v4_rope_alibi_chosen" else name
+                jobs[name] = rung, None, {"seed": 1} | flags | change | data
+    metrics = run_all(jobs)
+    results = {rung: {label: {} for label in changes} for rung, (_, changes) in NEIGHBOURS.items()}
+    for (rung, label, where), name in names.items():
+        results[rung][label][where] = metrics[name]["val_loss"]
+    text = other.read_text(encoding="utf-8")
+    facts = {"characters": len(text), "different": len(set(text))}
+    return results | facts | {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+
+
 # --------------------------------------------- the log ---------------------------------------------
 
 
 def tables(results):
-    """The blocks of logs/week_5.md."""
+    """The blocks of logs/week_5.md and logs/week_5_positions.md."""
     week = results["week_5"]
     hand = [["-", "-", "-", week["by_hand"][0]["ids"], f"`{week['by_hand'][0]['text']}`"]]
     for before, after in pairwise(week["by_hand"]):
@@ -428,27 +647,39 @@ def tables(results):
         [name, *(f"{time['least']:.2f} ({time['median']:.2f})" if time else "-" for time in row)]
         for name, row in zip(peers, times, strict=True)
     ]
-    alike = week["compare"]["runs"]
-    scheme_rows = [
-        [k, f"{m['params']:,}", f"{m['train_loss']:.4f}", f"{m['val_loss']:.4f}"]
-        for k, m in sorted(alike.items(), key=lambda item: item[1]["val_loss"])
-    ]
-    losses = week["compare"]["losses"]
-    windows = sorted(losses["none"], key=int)
-    parts = {
-        part: [
-            [k, *(f"{losses[k][T][part]:.4f}" if T in losses[k] else "-" for T in windows)]
-            for k in ("learned", "sinusoidal", "rope", "rope, interpolated", "alibi", "none")
-        ]
-        for part in (0, 1)
-    }
-
     vocabulary_rows = []
     for size, m in sorted(week["vocabularies"].items(), key=lambda item: int(item[0])):
-        characters = m["tokens"] * m["val_loss"] / math.log(2) / m["bits_per_char"]
         name = "characters (65)" if size == "65" else f"BPE, {int(size):,}"
-        numbers = [f"{m['params']:,}", f"{m['steps']:,}", f"{characters / 1e6:.1f} M"]
-        vocabulary_rows.append([name, *numbers, f"{m['val_loss']:.4f}", f"{m['bits_per_char']:.4f}"])
+        numbers = [f"{m['params']:,}", f"{m['steps']:,}", f"{m['characters'] / 1e6:.1f} M"]
+        vocabulary_rows.append([name, *numbers, f"{m['val_loss']['mean']:.4f}", seeds(m["bits_per_char"])])
+
+    alike = sorted(week["compare"]["runs"].items(), key=lambda item: item[1]["val_loss"]["mean"])
+    scheme_rows = [
+        [name, f"{m['params']:,}", f"{m['train_loss']['mean']:.4f}", seeds(m["val_loss"])]
+        for name, m in alike
+    ]
+    windows = week["compare"]["windows"]
+    window_rows = {
+        part: [
+            [way, *(seeds(row[str(128 * n)][part]) if str(128 * n) in row else "-" for n in TIMES)]
+            for way, row in windows.items()
+        ]
+        for part in ("whole", "last")
+    }
+    longer_rows = []
+    for name, row in week["interpolation"].items():
+        n, way = name.split(" ", 1)
+        cells = [seeds(row["whole"]), seeds(row["last"]), *(f"{x:.4f}" for x in row["after"])]
+        longer_rows.append([128 * int(n), way, *cells])
+
+    elsewhere_rows = []
+    for rung in NEIGHBOURS:
+        for label, row in week["elsewhere"][rung].items():
+            cells = []
+            for where in ("here", "there"):
+                gap = row[where] - week["elsewhere"][rung]["chosen"][where]
+                cells += [f"{row[where]:.4f}", "" if label == "chosen" else f"{gap:+.4f}"]
+            elsewhere_rows.append([rung, label, *cells])
 
     recipe_rows = []
     for m in week["recipes"]:
@@ -460,32 +691,7 @@ def tables(results):
         numbers = [c[name] for name in names]
         losses_of = [f"{m['steps']:,}", f"{m['train_loss']:.4f}", f"{m['val_loss']:.4f}"]
         recipe_rows.append([*shape, *(f"{number:g}" for number in numbers), *losses_of])
-    return {
-        "sample": f"```\n{results['rungs']['v4_rope_alibi']['sample'].strip()}\n```",
-        "schemes": table(["position", "parameters", "train loss", "val loss"], scheme_rows),
-        "window": table(["window, mean over all of it", *windows], parts[0]),
-        "quarter": table(["window, mean over its last quarter", *windows], parts[1]),
-        "interpolation": table(
-            ["window", "RoPE", "whole", "last quarter", "200 steps later: whole", "last quarter"],
-            [
-                [n * 128, way, *(f"{x:.4f}" for when in ("before", "after") for x in row[when])]
-                for n in (2, 4)
-                for way in ("as it is", "positions divided", "base raised")
-                for row in [week["interpolation"][f"{n} {way}"]]
-            ],
-        ),
-        "vocabularies": table(
-            ["vocabulary", "parameters", "steps", "characters read", "nats/token", "bits/char"],
-            vocabulary_rows,
-        ),
-        "recipes": table(
-            RECIPE_COLUMNS.split(","),
-            recipe_rows,
-        ),
-        "norms": table(
-            ["norm", "parameters", "val loss"],
-            [[k, f"{m['params']:,}", f"{m['val_loss']:.4f}"] for k, m in week["norms"].items()],
-        ),
+    tokens = {
         "by_hand": table(["merge", "count", "pairs with this count", "ids", "text"], hand),
         "first_merges": table(["merges", *[""] * 5], merges),
         "examples": f"```\n{shown}\n```",
@@ -498,7 +704,33 @@ def tables(results):
         ),
         "bits": table(["what is counted", "cells", "bits/char on val"], bit_rows),
         "bench": table(["seconds: least (median)", *(task.replace("_", " ") for task in tasks)], bench_rows),
+        "vocabularies": table(
+            ["vocabulary", "parameters", "steps", "characters read", "nats/token", "bits/char"],
+            vocabulary_rows,
+        ),
     }
+    lengths = [str(128 * n) for n in TIMES]
+    positions = {
+        "sample": f"```\n{results['rungs']['v4_rope_alibi']['sample'].strip()}\n```",
+        "schemes": table(["position", "parameters", "train loss", "val loss"], scheme_rows),
+        "window": table(["window, mean over all of it", *lengths], window_rows["whole"]),
+        "quarter": table(["window, mean over its last quarter", *lengths], window_rows["last"]),
+        "interpolation": table(
+            ["window", "RoPE", "whole", "last quarter", "200 steps later: whole", "last quarter"],
+            longer_rows,
+        ),
+        "recipes": table(RECIPE_COLUMNS.split(","), recipe_rows),
+        "elsewhere": table(
+            ["rung", "recipe", "val loss, Shakespeare", "to chosen", "WikiText-2 test", "to chosen"],
+            elsewhere_rows,
+        ),
+        "norms": table(
+            ["norm", "parameters", "val loss"],
+            [[name, f"{m['params']:,}", seeds(m["val_loss"])] for name, m in week["norms"].items()],
+        ),
+        "race": race_table(results["race"], ["v4_1", "v4_2"]),
+    }
+    return {"week_5": tokens, "week_5_positions": positions}
 
 
 EXPERIMENTS = {
@@ -514,10 +746,13 @@ EXPERIMENTS = {
     "turned_by_hand": turned_by_hand,
     "compare": compare,
     "interpolation": interpolation,
-    "norms": norms,
     "vocabularies": vocabularies,
+    "norms": norms,
+    "norm_speed": norm_speed,
+    "threads": threads,
+    "elsewhere": elsewhere,
     "recipes": recipes,
 }
 
 if __name__ == "__main__":
-    run_experiments(5, EXPERIMENTS, tables, long=["recipes"])
+    run_experiments(5, EXPERIMENTS, tables, long=["recipes", "elsewhere"])
