@@ -5,7 +5,6 @@ import math
 import os
 import statistics
 import sys
-import time
 import unicodedata
 from collections import Counter
 from dataclasses import replace
@@ -17,7 +16,7 @@ import matplotlib.pyplot as plt
 import regex
 import torch
 import torch.nn.functional as F
-from common import LOGS, ROOT, load_results, machine, run, run_all, run_experiments, spread, table
+from common import LOGS, ROOT, run, run_all, run_experiments, spread, table
 from week_4 import SEEDS, race_table, seeds
 
 import bpe_tokenizer
@@ -368,14 +367,13 @@ def window_losses(model, config):
     return [(losses[:, t:].sum() / counted[:, t:].sum()).item() for t in (0, 3 * T // 4)]
 
 
-def compare():
-    """All schemes trained alike, then tested in windows of 128 to 1,024 characters."""
-    runs = {position: short_runs(position) for position in v4.POSITIONS}
+def measured(runs):
+    """Train the runs of each position scheme; return their losses, and those in longer windows."""
     metrics = run_all({name: job for jobs in runs.values() for name, job in jobs.items()})
     results = {"runs": {}, "windows": {}}
     for position, names in runs.items():
         row = {key: spread(metrics[name][key] for name in names) for key in ("train_loss", "val_loss")}
-        results["runs"][position] = row | {"params": metrics[f"{position}_1"]["params"]}
+        results["runs"][position] = row | {"params": metrics[next(iter(names))]["params"]}
         ways = {position: lambda n: {}}
         if position == "rope":
             ways["rope, interpolated"] = lambda n: {"position_scale": float(n)}
@@ -386,8 +384,24 @@ def compare():
                 whole, last = zip(*losses, strict=True)
                 results["windows"][way][str(128 * n)] = {"whole": spread(whole), "last": spread(last)}
             print(f"  {way}: tested", flush=True)
+    return results
+
+
+def compare():
+    """All position schemes trained alike for a quarter of v4's steps and tested in windows; the picture."""
+    results = measured({position: short_runs(position) for position in v4.POSITIONS})
     plot_windows(results["windows"])
     return results
+
+
+def full_run(position):
+    """A default run of v4 with another scheme, for run_all."""
+    return {f"full_{position}": ("v4_rope_alibi", None, {"position": position})}
+
+
+def compare_full():
+    """The same with all of v4's steps, one seed: half an hour."""
+    return measured({position: full_run(position) for position in v4.POSITIONS})
 
 
 def plot_windows(windows):
@@ -425,12 +439,11 @@ def raised_base(config, n):
 
 
 def interpolation():
-    """The RoPE models of `compare` in longer windows: as they are, positions divided, base raised.
+    """The RoPE model of `compare_full` in longer windows: as it is, positions divided, base raised.
 
-    That of seed 1 also after 200 more steps in these windows.
+    Each before and after 200 more steps in these windows.
     """
-    names = short_runs("rope")
-    run_all(names)
+    run_all(full_run("rope"))
     results = {}
     for n in (2, 4):
         ways = {
@@ -439,57 +452,20 @@ def interpolation():
             "base raised": {"position_base": raised_base(v4.Config(), n)},
         }
         for way, changes in ways.items():
-            before = [window_losses(*longer(name, n, **changes)) for name in names]
             out_dir = FOLDER / f"interpolation_{n}_{way}"
             out_dir.mkdir(parents=True, exist_ok=True)
             changes |= dict(max_steps=200, learning_rate=0.001, warmup_steps=20, eval_interval=200)
-            model, config = longer("rope_1", n, out_dir=str(out_dir), **changes)
-            torch.manual_seed(1)
+            model, config = longer("full_rope", n, out_dir=str(out_dir), **changes)
+            before = window_losses(model, config)
             v4.train(model, *splits(config), config, {"step": 0, "seconds": 0.0, "history": []})
-            whole, last = (spread(losses) for losses in zip(*before, strict=True))
-            results[f"{n} {way}"] = {"whole": whole, "last": last, "after": window_losses(model, config)}
+            results[f"{n} {way}"] = {"before": before, "after": window_losses(model, config)}
     return results
 
 
 def norms():
-    """LayerNorm and RMSNorm, three short runs each: val loss."""
-    names = {
-        "layernorm": short_runs("rope"),
-        "rmsnorm": {f"rmsnorm_{seed}": short_run(seed=seed, norm="rmsnorm") for seed in SEEDS},
-    }
-    metrics, results = run_all(names["layernorm"] | names["rmsnorm"]), {}
-    for norm in v4.NORMS:
-        runs = [metrics[name] for name in names[norm]]
-        losses = spread(m["val_loss"] for m in runs)
-        results[norm] = {"params": runs[0]["params"], "val_loss": losses}
-    return results
-
-
-def norm_speed():
-    """Milliseconds of a training step of v4 with LayerNorm and with RMSNorm, in turn: median of 30."""
-    train_ids, _ = splits(v4.Config(data=str(ROOT / "input.txt")))
-    steps, times = {}, {norm: [] for norm in v4.NORMS}
-    for norm in v4.NORMS:
-        config = v4.Config(norm=norm)
-        model = new_model(config)
-        steps[norm] = config, model, v4.make_optimizer(model, config)
-    for _ in range(35):
-        for norm, (config, model, optimizer) in steps.items():
-            start = time.perf_counter()
-            x, y = v4.get_batch(train_ids, config)
-            optimizer.zero_grad()
-            F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
-            optimizer.step()
-            times[norm].append(time.perf_counter() - start)
-    medians = {norm: 1000 * statistics.median(seconds[5:]) for norm, seconds in times.items()}
-    return medians | {"machine": machine()}
-
-
-def threads():
-    """The first RoPE run with one thread, and with all cores."""
-    name, (rung, replaced, flags) = next(iter(short_runs("rope").items()))
-    one, all_cores = run_all({name: (rung, replaced, flags)})[name], run(rung, "rope_threads", **flags)
-    return {str(m["threads"]): m["val_loss"] for m in (one, all_cores)}
+    """LayerNorm and RMSNorm, 600 steps, one seed: val loss and seconds."""
+    runs = {norm: run("v4_rope_alibi", f"norm_{norm}", norm=norm, max_steps=600) for norm in v4.NORMS}
+    return {norm: {key: m[key] for key in ("params", "val_loss", "seconds")} for norm, m in runs.items()}
 
 
 def kind_of(token):
@@ -520,40 +496,60 @@ def plot_embeddings(model, tokenizer, ids, path):
     fig.savefig(path, dpi=90)
 
 
-def vocabularies():
-    """Bits per character of characters and BPE, with the multiplications of a quarter of a default run.
+def runs_of_vocabulary(tokenizer, size, steps, seeds, **flags):
+    """Jobs for a model of `size` ids with as many multiplications as one of characters has in `steps` steps.
 
     A token costs about 6 floating-point operations for each weight of a matrix, the token embedding apart.
     """
     defaults = v4.Config()
     inner = 12 * defaults.n_layer * defaults.n_embd**2
-    jobs, read, all_tokenizers = {65: short_runs("rope")}, {65: 1.0}, tokenizers()
-    for size in (512, 1024, 2048):
-        path = FOLDER / f"bpe_{size}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        all_tokenizers[size].save(path)
-        read[size] = len(TRAIN) / len(all_tokenizers[size].encode(TRAIN))  # characters in a training token
-        cost = (inner + size * defaults.n_embd) / (inner + 65 * defaults.n_embd)
-        steps = round(550 / cost)
-        jobs[size] = {
-            f"vocabulary_{size}_{seed}": short_run(seed=seed, tokenizer=path, max_steps=steps)
-            for seed in SEEDS
-        }
+    cost = (inner + size * defaults.n_embd) / (inner + 65 * defaults.n_embd)
+    path = FOLDER / f"bpe_{size}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(path)
+    flags |= {"tokenizer": path, "max_steps": round(steps / cost)}
+    return {f"vocabulary_{size}_{steps}_{seed}": short_run(seed=seed, **flags) for seed in seeds}
+
+
+def measured_vocabularies(jobs, all_tokenizers):
+    """Run the jobs of each size; return bits per character and the characters that were read in training."""
     metrics, results = run_all({name: job for runs in jobs.values() for name, job in runs.items()}), {}
     for size, names in jobs.items():
         runs = [metrics[name] for name in names]
         results[str(size)] = {key: runs[0][key] for key in ("params", "steps", "tokens")}
-        results[str(size)]["characters"] = runs[0]["tokens"] * read[size]
+        per_token = len(TRAIN) / len(all_tokenizers[size].encode(TRAIN)) if size > 65 else 1.0
+        results[str(size)]["characters"] = runs[0]["tokens"] * per_token
         for key in ("val_loss", "bits_per_char"):
             results[str(size)][key] = spread(m[key] for m in runs)
-        if size in (65, 1024):
-            saved = torch.load(FOLDER / next(iter(names)) / "checkpoint.pt", weights_only=True)
-            tokenizer = v4.CharTokenizer(saved["vocab"]) if size == 65 else all_tokenizers[size]
-            model = v4.LanguageModel(v4.Config(**saved["config"]), size)
-            model.load_state_dict(saved["model"])
-            ids = torch.tensor(tokenizer.encode(TRAIN))
-            plot_embeddings(model, tokenizer, ids, LOGS / f"week_5_embeddings_{size}.png")
     return results
+
+
+def vocabularies():
+    """Characters and BPE, with the multiplications of a quarter of a default run; draw the embeddings.
+
+    Three seeds for characters and 2,048 ids, one for 1,024.
+    """
+    all_tokenizers, jobs = tokenizers(), {65: short_runs("rope")}
+    for size, some in ((1024, SEEDS[:1]), (2048, SEEDS)):
+        jobs[size] = runs_of_vocabulary(all_tokenizers[size], size, 550, some)
+    results = measured_vocabularies(jobs, all_tokenizers)
+    for size in (65, 1024):
+        saved = torch.load(FOLDER / next(iter(jobs[size])) / "checkpoint.pt", weights_only=True)
+        tokenizer = v4.CharTokenizer(saved["vocab"]) if size == 65 else all_tokenizers[size]
+        model = v4.LanguageModel(v4.Config(**saved["config"]), size)
+        model.load_state_dict(saved["model"])
+        ids = torch.tensor(tokenizer.encode(TRAIN))
+        plot_embeddings(model, tokenizer, ids, LOGS / f"week_5_embeddings_{size}.png")
+    return results
+
+
+def vocabularies_half():
+    """Characters and three sizes of BPE with the multiplications of half a default run, one seed."""
+    all_tokenizers = tokenizers()
+    jobs = {65: {"vocabulary_65_1100": short_run(max_steps=1100)}}
+    for size in (512, 1024, 2048):
+        jobs[size] = runs_of_vocabulary(all_tokenizers[size], size, 1100, [1337])
+    return measured_vocabularies(jobs, all_tokenizers)
 
 
 def recipes():
@@ -574,8 +570,7 @@ def elsewhere():
     used, as many as input.txt has. ELSEWHERE=wiki.test.tokens python tools/week_5.py elsewhere
     """
     if "ELSEWHERE" not in os.environ:
-        print("  ELSEWHERE names no file: what is stored stays")
-        return load_results()["week_5"]["elsewhere"]
+        sys.exit("error: ELSEWHERE=PATH must lead to wiki.test.tokens of WikiText-2")
     file = Path(os.environ["ELSEWHERE"])
     if not file.is_file():
         sys.exit(f"error: ELSEWHERE={file} is no file; it must lead to wiki.test.tokens of WikiText-2")
@@ -648,39 +643,32 @@ def tables(results):
         for name, row in zip(peers, times, strict=True)
     ]
     vocabulary_rows = []
-    for size, m in sorted(week["vocabularies"].items(), key=lambda item: int(item[0])):
+    for size, m in sorted(week["vocabularies_half"].items(), key=lambda item: int(item[0])):
         name = "characters (65)" if size == "65" else f"BPE, {int(size):,}"
         numbers = [f"{m['params']:,}", f"{m['steps']:,}", f"{m['characters'] / 1e6:.1f} M"]
-        vocabulary_rows.append([name, *numbers, f"{m['val_loss']['mean']:.4f}", seeds(m["bits_per_char"])])
+        vocabulary_rows.append([name, *numbers, seeds(m["val_loss"]), seeds(m["bits_per_char"])])
 
-    alike = sorted(week["compare"]["runs"].items(), key=lambda item: item[1]["val_loss"]["mean"])
+    short, full = week["compare"], week["compare_full"]
     scheme_rows = [
-        [name, f"{m['params']:,}", f"{m['train_loss']['mean']:.4f}", seeds(m["val_loss"])]
-        for name, m in alike
+        [name, f"{m['params']:,}", seeds(m["val_loss"]), seeds(full["runs"][name]["val_loss"])]
+        for name, m in sorted(short["runs"].items(), key=lambda item: item[1]["val_loss"]["mean"])
     ]
-    windows = week["compare"]["windows"]
-    window_rows = {
-        part: [
-            [way, *(seeds(row[str(128 * n)][part]) if str(128 * n) in row else "-" for n in TIMES)]
-            for way, row in windows.items()
+
+    def window_table(windows, part):
+        lengths = [str(128 * n) for n in TIMES]
+        ways = ("learned", "sinusoidal", "rope", "rope, interpolated", "alibi", "none")
+        rows = [
+            [way, *(seeds(windows[way][T][part]) if T in windows[way] else "-" for T in lengths)]
+            for way in ways
         ]
-        for part in ("whole", "last")
-    }
-    longer_rows = []
-    for name, row in week["interpolation"].items():
-        n, way = name.split(" ", 1)
-        cells = [seeds(row["whole"]), seeds(row["last"]), *(f"{x:.4f}" for x in row["after"])]
-        longer_rows.append([128 * int(n), way, *cells])
+        return table(["window", *lengths], rows)
 
-    elsewhere_rows = []
-    for rung in NEIGHBOURS:
-        for label, row in week["elsewhere"][rung].items():
-            cells = []
-            for where in ("here", "there"):
-                gap = row[where] - week["elsewhere"][rung]["chosen"][where]
-                cells += [f"{row[where]:.4f}", "" if label == "chosen" else f"{gap:+.4f}"]
-            elsewhere_rows.append([rung, label, *cells])
-
+    longer_rows = [
+        [128 * n, way, *(f"{x:.4f}" for when in ("before", "after") for x in row[when])]
+        for n in (2, 4)
+        for way in ("as it is", "positions divided", "base raised")
+        for row in [week["interpolation"][f"{n} {way}"]]
+    ]
     recipe_rows = []
     for m in week["recipes"]:
         c = m["config"]
@@ -709,26 +697,28 @@ def tables(results):
             vocabulary_rows,
         ),
     }
-    lengths = [str(128 * n) for n in TIMES]
     positions = {
         "sample": f"```\n{results['rungs']['v4_rope_alibi']['sample'].strip()}\n```",
-        "schemes": table(["position", "parameters", "train loss", "val loss"], scheme_rows),
-        "window": table(["window, mean over all of it", *lengths], window_rows["whole"]),
-        "quarter": table(["window, mean over its last quarter", *lengths], window_rows["last"]),
+        "schemes": table(
+            ["position", "parameters", "val loss, 550 steps", "2,200 steps, one seed, Xeon"], scheme_rows
+        ),
+        "window": window_table(short["windows"], "whole"),
+        "quarter": window_table(short["windows"], "last"),
+        "window_full": window_table(full["windows"], "whole"),
+        "quarter_full": window_table(full["windows"], "last"),
         "interpolation": table(
             ["window", "RoPE", "whole", "last quarter", "200 steps later: whole", "last quarter"],
             longer_rows,
         ),
         "recipes": table(RECIPE_COLUMNS.split(","), recipe_rows),
-        "elsewhere": table(
-            ["rung", "recipe", "val loss, Shakespeare", "to chosen", "WikiText-2 test", "to chosen"],
-            elsewhere_rows,
-        ),
         "norms": table(
-            ["norm", "parameters", "val loss"],
-            [[name, f"{m['params']:,}", seeds(m["val_loss"])] for name, m in week["norms"].items()],
+            ["norm", "parameters", "val loss", "seconds"],
+            [
+                [name, f"{m['params']:,}", f"{m['val_loss']:.4f}", f"{m['seconds']:.0f}"]
+                for name, m in week["norms"].items()
+            ],
         ),
-        "race": race_table(results["race"], ["v4_1", "v4_2"]),
+        "race": race_table(results, ["v4_1", "v4_2"]),
     }
     return {"week_5": tokens, "week_5_positions": positions}
 
@@ -745,14 +735,17 @@ EXPERIMENTS = {
     "unicode_editions": unicode_editions,
     "turned_by_hand": turned_by_hand,
     "compare": compare,
+    "compare_full": compare_full,
     "interpolation": interpolation,
     "vocabularies": vocabularies,
+    "vocabularies_half": vocabularies_half,
     "norms": norms,
-    "norm_speed": norm_speed,
-    "threads": threads,
-    "elsewhere": elsewhere,
     "recipes": recipes,
 }
 
+LONG = ["compare_full", "interpolation", "vocabularies_half", "recipes"]
+NOT_SHOWN = {"elsewhere": elsewhere}  # in no table: the logs do not wait for it
+
 if __name__ == "__main__":
-    run_experiments(5, EXPERIMENTS, tables, long=["recipes", "elsewhere"])
+    named = {name: NOT_SHOWN[name] for name in sys.argv[1:] if name in NOT_SHOWN}
+    run_experiments(5, EXPERIMENTS | named, tables, LONG)
