@@ -277,9 +277,9 @@ def test_gpt2_files_that_do_not_belong_together_are_refused(tmp_path):
 # ------------------------------------------- command line ------------------------------------------
 
 BROKEN = {
-    "truncated": (lambda text: text[:-40], "cannot use"),
-    "empty": (lambda text: "", "cannot use"),
-    "not UTF-8": (lambda text: b"\xff\xfe\x00", "cannot use"),
+    "truncated": (lambda text: text[:-40], "no vocabulary in"),
+    "empty": (lambda text: "", "no vocabulary in"),
+    "not UTF-8": (lambda text: b"\xff\xfe\x00", "no vocabulary in"),
     "a list": (lambda text: "[1, 2]", "no vocabulary of bpe_tokenizer"),
     "foreign": (lambda text: '{"model": {"type": "BPE"}}', "no vocabulary of bpe_tokenizer"),
     "no merges": (lambda text: text.replace('"merges"', '"merge"'), "no vocabulary of bpe_tokenizer"),
