@@ -12,17 +12,25 @@ the order in which they were learned. No text is unknown: what training never sa
 """
 
 import argparse
+import gzip
+import hashlib
+import importlib
 import inspect
 import io
 import json
+import multiprocessing
+import os
 import re
+import shutil
 import signal
 import sys
+import threading
 from collections import Counter, defaultdict, deque
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
-from itertools import chain, islice, pairwise
+from itertools import chain, islice, pairwise, repeat
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -46,6 +54,10 @@ HIDDEN = [byte for byte in range(256) if byte not in PRINTS]
 VISIBLE = {byte: chr(byte) for byte in PRINTS} | {byte: chr(256 + n) for n, byte in enumerate(HIDDEN)}
 BYTES = {char: byte for byte, char in VISIBLE.items()}
 ALPHABET = "".join(VISIBLE[byte] for byte in range(256))
+
+END_OF_TEXT = "<|endoftext|>"  # GPT-2's special token: each of several documents begins with it
+DOCUMENTS = (".jsonl", ".jsonl.gz", ".parquet")  # files of many documents, their "text" is read
+PIECE = 2**21  # characters that are read and encoded at a time
 
 
 @dataclass
@@ -89,6 +101,172 @@ def load_text(config):
     return text
 
 
+def text_files(data):
+    """Return the files of a folder that can be read, by name, or the one file that `data` is."""
+    path, kinds = Path(data), (".txt", *DOCUMENTS)
+    files = sorted(file for file in path.rglob("*") if file.name.endswith(kinds)) if path.is_dir() else [path]
+    if not data or not files or not files[0].exists():
+        raise TokenizerError(f"--data {data} is no file and no folder with files {', '.join(kinds)}")
+    return files
+
+
+def read_text(path):
+    """Yield a text file in pieces, each cut before a space that follows a word: no word is cut."""
+    rest = ""
+    try:
+        with open(path, encoding="utf-8") as file:
+            while more := file.read(PIECE):
+                rest += more
+                if cut := regex.search(r"(?r)(?<=\S)(?=\s)", rest):  # (?r): from the end
+                    yield rest[: cut.start()]
+                    rest = rest[cut.start() :]
+                elif len(rest) > 2**24:  # no spaces in it
+                    yield rest
+                    rest = ""
+        yield rest
+    except (OSError, UnicodeDecodeError) as error:
+        reason = f"cannot read {path} as UTF-8 text ({error}); name another file with --data"
+        raise TokenizerError(reason) from error
+
+
+def read_documents(source):
+    """Yield the documents of a file or of hf:NAME[:CONFIG] in pieces: (whether one begins here, text)."""
+    try:
+        if str(source).startswith("hf:"):  # streamed from the Hugging Face hub
+            load = importlib.import_module("datasets").load_dataset
+            rows = load(*source[3:].split(":"), split="train", streaming=True)
+            yield from ((True, row["text"]) for row in rows)
+        elif source.suffix == ".parquet":
+            file = importlib.import_module("pyarrow.parquet").ParquetFile(source)
+            for rows in file.iter_batches(1000, columns=["text"]):
+                yield from ((True, text) for text in rows["text"].to_pylist())
+        elif source.name.endswith(DOCUMENTS):
+            path = source
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+                for number, line in enumerate(lines, start=1):
+                    source = f"line {number} of {path}"  # where an error is
+                    yield True, json.loads(line)["text"] if line.strip() else ""
+        else:
+            yield from zip(chain([True], repeat(False)), read_text(source), strict=False)
+    except TokenizerError:
+        raise
+    except ImportError as error:
+        raise TokenizerError(f"{source} needs a package that is missing: pip install {error.name}") from error
+    except Exception as error:  # whatever gzip, json, pyarrow or datasets raise
+        raise TokenizerError(f"cannot read {source} ({error!r}); name another with --data") from error
+
+
+def read_data(data):
+    """Yield a file, a folder or hf:NAME[:CONFIG] in pieces: (split, whether a document begins here, text).
+
+    Of a single text the last 10% are for validation, of documents the second and every hundredth after it.
+    """
+    sources = [data] if data.startswith("hf:") else text_files(data)
+    if len(sources) == 1 and not data.startswith("hf:") and not sources[0].name.endswith(DOCUMENTS):
+        cut = int(0.9 * sum(map(len, read_text(sources[0]))))
+        for text in read_text(sources[0]):
+            yield "train", False, text[: max(0, cut)]
+            yield "val", False, text[max(0, cut) :]
+            cut -= len(text)
+        return
+    number = -1
+    for begins, text in chain.from_iterable(map(read_documents, sources)):
+        if not isinstance(text, str | None):
+            raise TokenizerError(f"the text of document {number + 2} in {data} is no text but {text!r:.100}")
+        if text:
+            number += begins
+            yield "val" if number % 100 == 1 else "train", begins, text
+
+
+def start_worker(make_tokenizer, vocab):
+    """Make the tokenizer of all jobs that this process will do."""
+    global worker_tokenizer
+    worker_tokenizer = make_tokenizer(vocab)
+
+
+def encode_job(pieces):
+    """Encode pieces of read_data; return for each split its ids as bytes, 16 bits an id."""
+    ids = {"train": [], "val": []}
+    for split, begins, text in pieces:
+        if begins and END_OF_TEXT in worker_tokenizer.special_tokens:
+            ids[split].append(worker_tokenizer.special_tokens[END_OF_TEXT])
+        ids[split] += worker_tokenizer.encode(text)
+    return {split: np.array(ids[split], dtype=np.uint16).tobytes() for split in ids}
+
+
+def encoding_jobs(data):
+    """Yield lists of pieces for encode_job, each with at least PIECE characters but the last."""
+    pieces, size = [], 0
+    with tqdm(desc="encoding", unit="char", unit_scale=True, delay=1) as bar:
+        for piece in read_data(data):
+            pieces.append(piece)
+            size += len(piece[-1])
+            if size >= PIECE:
+                yield pieces
+                bar.update(size)
+                pieces, size = [], 0
+        yield pieces
+        bar.update(size)
+
+
+def begin_process(start, *args):
+    """Call start(*args) in a new process, which Ctrl-C ends without a word, and the end of its parent too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    start(*args)
+
+
+def on_all_cores(function, jobs, start, *args):
+    """Like map, but in a process for each core, which begins with start(*args). A single job is done here.
+
+    Few jobs wait at a time, so memory does not grow with the data.
+    """
+    first = list(islice(jobs, 2))
+    if len(first) == 1:
+        start(*args)
+        yield function(first[0])
+        return
+    with ProcessPoolExecutor(initializer=begin_process, initargs=(start, *args)) as pool:
+        pending = deque()
+        for job in chain(first, jobs):
+            pending.append(pool.submit(function, job))
+            if len(pending) > 2 * os.cpu_count():
+                yield pending.popleft().result()
+        for job in pending:
+            yield job.result()
+
+
+def encode_data(data, make_tokenizer, vocab):
+    """Encode what read_data yields into train.bin and val.bin, 16 bits an id; return the folder they are in.
+
+    That is done once: its name in runs/tokens is a hash of the sources and of the vocabulary, which each
+    process gives to make_tokenizer. It gets this name when all is written.
+    """
+    if len(make_tokenizer(vocab).vocab) > 65536:
+        raise TokenizerError("there are more than 65536 ids in the vocabulary, and 16 bits hold no more")
+    files = [] if data.startswith("hf:") else text_files(data)
+    try:
+        sources = [data, *((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)]
+        key = hashlib.sha256(json.dumps([sources, vocab]).encode()).hexdigest()[:16]
+        folder = Path("runs", "tokens", key)
+        unfinished = folder.with_suffix(f".{os.getpid()}.tmp")
+        if folder.exists():
+            return folder
+        unfinished.mkdir(parents=True, exist_ok=True)
+        with open(unfinished / "train.bin", "wb") as train, open(unfinished / "val.bin", "wb") as val:
+            for ids in on_all_cores(encode_job, encoding_jobs(data), start_worker, make_tokenizer, vocab):
+                train.write(ids["train"])
+                val.write(ids["val"])
+        if not folder.exists():  # another process may have been faster
+            unfinished.rename(folder)
+        for old in folder.parent.glob(f"{key}.*.tmp"):  # this one, or what killed runs have left
+            shutil.rmtree(old, ignore_errors=True)
+        return folder
+    except OSError as error:
+        raise TokenizerError(f"cannot write ids to runs/tokens ({error})") from error
+
+
 def write_file(path, content):
     """Write bytes to a temporary file, then rename: a write that is cut short harms nothing."""
     path = Path(path)
@@ -100,7 +278,7 @@ def write_file(path, content):
 
 
 class TokenizerError(ValueError):
-    """A BPETokenizer cannot do what it is asked for; the text says why."""
+    """A BPETokenizer, or a text to encode, is not what it should be; the text says why."""
 
 
 class BPETokenizer:
@@ -139,7 +317,7 @@ class BPETokenizer:
         if not text:
             raise TokenizerError("there is no text to learn from")
         merges = islice(learn_merges(text), n_merges)
-        merges = list(tqdm(merges, total=n_merges, unit="merge", disable=not progress))
+        merges = list(tqdm(merges, total=n_merges, unit="merge", disable=not progress, delay=1))
         if len(merges) < n_merges:
             most = vocab_size - n_merges + len(merges)
             raise TokenizerError(
@@ -227,10 +405,15 @@ class BPETokenizer:
 
     @classmethod
     def from_gpt2(cls, encoder_json, vocab_bpe):
-        """Read the two files that OpenAI published with GPT-2."""
-        ids = json.loads(Path(encoder_json).read_text(encoding="utf-8"))
-        merges = Path(vocab_bpe).read_text(encoding="utf-8").split("\n")[1:-1]  # after the version
-        tokenizer = cls(merges, ["<|endoftext|>"], "".join(VISIBLE.values()))
+        """Read the two files that OpenAI published with GPT-2, or such files of other special tokens."""
+        try:
+            ids = json.loads(Path(encoder_json).read_text(encoding="utf-8"))
+            lines = Path(vocab_bpe).read_text(encoding="utf-8").split("\n")
+            merges = [line for line in lines[1:] if line]  # the first is the version
+            names = sorted(ids, key=ids.get)
+            tokenizer = cls(merges, names[256 + len(merges) :], "".join(names[:256]))
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise TokenizerError(f"no vocabulary in {encoder_json} and {vocab_bpe} ({error})") from error
         if {name: i for i, name in enumerate(tokenizer.names)} != ids:
             raise TokenizerError(f"{encoder_json} and {vocab_bpe} do not belong together")
         return tokenizer

@@ -28,7 +28,7 @@ ROOMS = {  # and what stands in each of them in every rung
 }
 STEPS = list(pairwise(RUNGS))
 ALLOWED = {"torch", "numpy", "matplotlib", "tqdm"}
-MOST_LINES_CHANGED = {"v1_mlp": 135, "v2_attention": 90, "v3_gpt": 95, "v4_rope_alibi": 150}
+MOST_LINES_CHANGED = {"v1_mlp": 135, "v2_attention": 90, "v3_gpt": 95, "v4_rope_alibi": 150, "v5_gpt2": 330}
 LOGS = sorted((ROOT / "logs").glob("week_*.md"), key=lambda path: (number(path.stem), path.stem))
 TEXTS = [ROOT / "README.md", *LOGS]
 
@@ -114,7 +114,8 @@ def test_docstring_lists_exactly_what_changed(below, rung):
 def test_steps_are_small(rung):
     changed = reproduce.lines_changed(rung)
     check(changed <= MOST_LINES_CHANGED[rung], f"{rung}.py changes {changed} lines: make it fewer.")
-    check(rung != "v4_rope_alibi" or source(rung).count("\n") <= 625, f"{rung}.py is longer than 620 lines.")
+    longest = {"v4_rope_alibi": 625, "v5_gpt2": 800}.get(rung, 600)
+    check(source(rung).count("\n") <= longest, f"{rung}.py is longer than {longest} lines.")
 
 
 @pytest.mark.parametrize("rung", RUNGS)
@@ -133,6 +134,7 @@ def test_rooms_stand_in_order(rung):
 @pytest.mark.parametrize("rung", RUNGS)
 def test_imports_are_allowed(rung):
     allowed = ALLOWED | ({"bpe_tokenizer"} if number(rung) >= 4 else set())
+    allowed |= {"safetensors", "huggingface_hub"} if number(rung) >= 5 else set()
     for node in ast.walk(ast.parse(source(rung))):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) else []

@@ -646,7 +646,9 @@ def tables(results):
     for size, m in sorted(week["vocabularies_half"].items(), key=lambda item: int(item[0])):
         name = "characters (65)" if size == "65" else f"BPE, {int(size):,}"
         numbers = [f"{m['params']:,}", f"{m['steps']:,}", f"{m['characters'] / 1e6:.1f} M"]
-        vocabulary_rows.append([name, *numbers, seeds(m["val_loss"]), seeds(m["bits_per_char"])])
+        quarter = week["vocabularies"].get(size)
+        three = seeds(quarter["bits_per_char"]) if quarter else "-"
+        vocabulary_rows.append([name, *numbers, seeds(m["val_loss"]), seeds(m["bits_per_char"]), three])
 
     short, full = week["compare"], week["compare_full"]
     scheme_rows = [
@@ -693,7 +695,7 @@ def tables(results):
         "bits": table(["what is counted", "cells", "bits/char on val"], bit_rows),
         "bench": table(["seconds: least (median)", *(task.replace("_", " ") for task in tasks)], bench_rows),
         "vocabularies": table(
-            ["vocabulary", "parameters", "steps", "characters read", "nats/token", "bits/char"],
+            ["vocabulary", "parameters", "steps", "characters read", "nats/token", "bits/char", "a quarter"],
             vocabulary_rows,
         ),
     }
