@@ -46,7 +46,7 @@ def softmax(x):
 def split_heads(x, n_head):
     """Cut the channels into n_head equal slices: (B, T, C) to (B, n_head, T, C / n_head)."""
     # TODO 3: head 0 gets the first C / n_head channels of every position, head 1 the next, and so on.
-    # TODO 13 can use it.
+    # Channels are the C numbers of a position. Week 3 calls such slices heads; TODO 13 can use it.
     #
     # [[[0, 1, 2, 3], [4, 5, 6, 7]]], shape (1, 2, 4), with n_head = 2 becomes
     # [[[[0, 1], [4, 5]], [[2, 3], [6, 7]]]], shape (1, 2, 2, 2).

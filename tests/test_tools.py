@@ -401,7 +401,7 @@ def test_a_race_without_nanogpt_is_refused_at_once(tmp_path, monkeypatch):
 
 # --------------------------------------- a rung of one's own ---------------------------------------
 
-OLD, NEW = "v4_rope_alibi", "v5_mine"
+OLD, NEW = "v5_gpt2", "v6_mine"
 FIELD = "    squared_relu: bool = False  # square what the ReLU lets through\n"
 CLASS = '''class SquaredReLU(nn.Module):
     """The square of max(0, x)."""
@@ -412,19 +412,22 @@ CLASS = '''class SquaredReLU(nn.Module):
 
 
 '''
-SINCE = """Since v4_rope_alibi.py
+SINCE = """Since v5_gpt2.py
   added:    SquaredReLU
   changed:  Config, TransformerBlock
   removed:  -
 """
 # README's steps: where they stand (a pattern), what is written there
 STEPS = {
-    "first line": (r'""".*', '"""v5, week 6: a squared ReLU (So et al. 2021). Does it beat the GELU?'),
+    "first line": (r'""".*', '"""v6, week 7: a squared ReLU (So et al. 2021). Does it beat the GELU?'),
     "result": (r"(?m)^Result: .*$", "Result: not measured yet."),
-    "field": (r"(?m)(?<=^    dropout: float = 0.0  # share of activations set to zero in training\n)", FIELD),
+    "field": (r"(?m)^(?=    max_steps: int = )", FIELD),
     "class": (r"(?m)^(?=class TransformerBlock)", CLASS),
-    "use": (r"nn\.GELU\(\),", "SquaredReLU() if config.squared_relu else nn.GELU(),"),
-    "since": (r"Since v3_gpt\.py\n(  .*\n)+", SINCE),
+    "use": (
+        r"nn\.GELU\(approximate=\"tanh\"\),",
+        'SquaredReLU() if config.squared_relu else nn.GELU(approximate="tanh"),',
+    ),
+    "since": (r"Since v4_rope_alibi\.py\n(  .*\n)+", SINCE),
 }
 
 
@@ -447,7 +450,7 @@ def new_rung(without=()):
 def test_readme_has_the_steps():
     text = re.sub(r"\n +", "\n", section())
     for name, (_, written) in STEPS.items():
-        lines = written.splitlines() if name != "since" else ["Since v4_rope_alibi.py"]
+        lines = written.splitlines() if name != "since" else ["Since v5_gpt2.py"]
         for line in lines:
             assert line.strip() in text, f"{name}: {line}"
 
@@ -465,10 +468,10 @@ def commands():
         (
             "first line",
             "test_docstring_begins_with_number_week_and_idea",
-            'Begin v5_mine.py with a line such as """v5, ',
+            'Begin v6_mine.py with a line such as """v6, ',
         ),
         ("result", "test_docstring_result_is_the_stored_one", "make that line 'Result: not measured yet.'"),
-        ("since", "test_docstring_lists_exactly_what_changed", f"of v5_mine.py these:\n\n{SINCE}"),
+        ("since", "test_docstring_lists_exactly_what_changed", f"of v6_mine.py these:\n\n{SINCE}"),
         (
             "comment",
             "test_config_fields_have_comments_and_classes_have_docstrings",
@@ -485,10 +488,10 @@ def commands():
             "test_rooms_stand_in_order",
             "keep the banners of these rooms, in this order: config, data, ",
         ),
-        ("import", "test_imports_are_allowed", "copy what you need of v4_rope_alibi instead of importing it"),
+        ("import", "test_imports_are_allowed", "copy what you need of v5_gpt2 instead of importing it"),
         ("library", "test_imports_are_allowed", "do without scipy, a rung imports the standard library and "),
         ("mark", "test_no_marks_of_what_is_new", "say what the code does, not since when"),
-        ("number", "test_every_rung_has_a_number_of_its_own", "rename yours to v6_mine.py"),
+        ("number", "test_every_rung_has_a_number_of_its_own", "rename yours to v7_mine.py"),
     ],
 )
 def test_a_step_that_is_left_out_fails_with_what_to_do(without, test, sentence, tmp_path, monkeypatch):
@@ -500,14 +503,14 @@ def test_a_step_that_is_left_out_fails_with_what_to_do(without, test, sentence, 
         "banner": (" model -", " models -"),
         "import": ("import torch\n", f"import torch\nfrom {OLD} import main\n"),
         "library": ("import torch\n", "import torch\nimport scipy.special\n"),
-        "mark": ("  # square what", "  # new in v5: square what"),
+        "mark": ("  # square what", "  # new in v6: square what"),
     }
     old, new = changes.get(without, ("", ""))
     assert old in text
     (tmp_path / f"{NEW}.py").write_text(text.replace(old, new) if old else text, encoding="utf-8")
     shutil.copy(ROOT / f"{OLD}.py", tmp_path)
     results = {"rungs": {OLD: common.load_results()["rungs"][OLD]}}
-    rungs = [OLD, NEW, "v5_other"] if without == "number" else [OLD, NEW]
+    rungs = [OLD, NEW, "v6_other"] if without == "number" else [OLD, NEW]
     monkeypatch.setattr(test_ladder, "ROOT", tmp_path)
     monkeypatch.setattr(test_ladder, "RUNGS", rungs)
     monkeypatch.setattr(test_ladder, "load_results", lambda: results)
@@ -560,7 +563,7 @@ def test_readmes_steps_make_a_rung_that_passes_and_can_be_undone(tmp_path):
 
     for name, value in {**TINY, "squared_relu": True}.items():  # the defaults would take minutes
         text = (project / f"{NEW}.py").read_text(encoding="utf-8")
-        text = re.sub(rf"(?m)^(    {name}: \w+ = )\S+", rf"\g<1>{value}", text)
+        text = re.sub(rf"(?m)^(    {name}: \w+ = )\S+", rf"\g<1>{value!r}", text)
         (project / f"{NEW}.py").write_text(text, encoding="utf-8", newline="\n")
     before = (project / "README.md").read_text(encoding="utf-8")
     shell(measure)
@@ -570,7 +573,7 @@ def test_readmes_steps_make_a_rung_that_passes_and_can_be_undone(tmp_path):
     assert [row.split(" | ")[0] for row in rows] == [f"| [{NEW}.py]({NEW}.py)"]
     row = rows.pop()
     assert (
-        " | 6 | a squared ReLU | " in row
+        " | 7 | a squared ReLU | " in row
         and f" | {stored['val_loss']:.4f} | " in row
         and row.endswith(" | - |")
     )
