@@ -12,7 +12,7 @@ Since v4_rope_alibi.py
             TransformerBlock, evaluate, generate, get_batch, load_splits, main, report, rope_rotation, train
   removed:  NORMS, POSITIONS, RMSNorm, alibi_bias, load_text, position_angles, sinusoidal_embedding
 
-Result: not measured yet.
+Result: val loss 3.2772, 2.10 bits/char, 924,416 parameters, 169 s on 2 CPU cores.
 
 Run it with: python v5_gpt2.py, or with --help to see every flag.
 """
@@ -58,7 +58,7 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|context|>")
 # What a preset sets, below the flags. GPT-2's batch of 512 x 1,024 tokens is 4 x 128 here. How it was trained
 # was not published in full: the step sizes and what goes with them are GPT-3's (Brown et al. 2020).
 GPT2 = dict(vocab_size=50257, position="learned", block_size=1024, init_std=0.02, dropout=0.1, batch_size=4)
-GPT2 |= dict(grad_accum=128, max_steps=20_000, warmup_steps=700, lr_floor=0.1, beta2=0.95, eval_interval=100)
+GPT2 |= dict(grad_accum=128, max_steps=20_000, warmup_steps=700, lr_floor=0.1, beta2=0.95, weight_decay=0.1)
 PRESETS = {
     "small": {},
     "gpt2": GPT2 | dict(n_layer=12, n_head=12, n_embd=768, learning_rate=0.0006),
@@ -90,13 +90,13 @@ class Config:
     n_layer: int = 4  # transformer blocks
     init_std: float = 0.1  # standard deviation of the matrices before training
     position: str = "rope"  # learned or rope
-    dropout: float = 0.1  # share of activations set to zero in training
-    max_steps: int = 2000  # optimizer steps
-    learning_rate: float = 0.004  # peak step size of AdamW
+    dropout: float = 0.0  # share of activations set to zero in training
+    max_steps: int = 1300  # optimizer steps
+    learning_rate: float = 0.006  # peak step size of AdamW
     warmup_steps: int = 100  # steps in which the step size rises to its peak
     lr_floor: float = 0.0  # share of the peak step size that is left in the last step
     beta2: float = 0.99  # share of AdamW's mean of squared gradients that a step keeps
-    weight_decay: float = 0.1  # pull of the matrices towards zero
+    weight_decay: float = 1.0  # pull of the matrices towards zero
     grad_clip: float = 1.0  # a gradient with a larger Euclidean norm is scaled down to it
     eval_interval: int = 200  # steps between two estimates of the loss, with a checkpoint each
     eval_tokens: int = 20_000  # tokens of each split in such an estimate

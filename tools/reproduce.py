@@ -15,12 +15,13 @@ here stays as it is stored, and it says so: the race without PATH, the bench wit
 tests/bench_bpe.py), week 5's `elsewhere` without the text it is about.
 
 Written: logs/results.json, the tables and pictures of README and logs, each docstring's `Result:` line. With
-`git checkout README.md logs v0* v1* v2* v3* v4* v5*` all of this is as it was, other edits in these files too.
+`git checkout README.md logs v0* v1* v2* v3* v4* v5*` all of this is as it was, also other edits in these.
 """
 
 import argparse
 import importlib
 import importlib.util
+import math
 import re
 import signal
 import subprocess
@@ -120,8 +121,10 @@ def plot_ladder(results):
     fig, ax = plt.subplots(figsize=(8, 4.8), layout="constrained")
     for i, (rung, run) in enumerate(runs.items()):
         seconds = [point["seconds"] for point in run["history"]]
-        ax.plot(seconds, [point["val_loss"] for point in run["history"]], color=f"C{i}", label=rung)
-        ax.plot(run["seconds"], run["val_loss"], "o", color=f"C{i}", markeredgecolor="black")
+        per_char = run["bits_per_char"] * math.log(2) / run["val_loss"]  # a token may be several characters
+        losses = [per_char * point["val_loss"] for point in run["history"]]
+        ax.plot(seconds, losses, color=f"C{i}", label=rung)
+        ax.plot(run["seconds"], per_char * run["val_loss"], "o", color=f"C{i}", markeredgecolor="black")
     ax.plot([], [], "o", color="white", markeredgecolor="black", label="at the end, on the whole split")
     mlp, attention = (runs[rung] for rung in ("v1_mlp", "v2_attention"))
     passes = [point["seconds"] for point in attention["history"] if point["val_loss"] < mlp["val_loss"]]
