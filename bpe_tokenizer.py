@@ -317,7 +317,7 @@ class BPETokenizer:
         if not text:
             raise TokenizerError("there is no text to learn from")
         merges = islice(learn_merges(text), n_merges)
-        merges = list(tqdm(merges, total=n_merges, unit="merge", disable=not progress, delay=1))
+        merges = list(tqdm(merges, total=n_merges, unit="merge", disable=not progress))
         if len(merges) < n_merges:
             most = vocab_size - n_merges + len(merges)
             raise TokenizerError(
@@ -411,7 +411,8 @@ class BPETokenizer:
             lines = Path(vocab_bpe).read_text(encoding="utf-8").split("\n")
             merges = [line for line in lines[1:] if line]  # the first is the version
             names = sorted(ids, key=ids.get)
-            tokenizer = cls(merges, names[256 + len(merges) :], "".join(names[:256]))
+            special_tokens = [name for name in names if regex.fullmatch(r"<\|\w+\|>", name)]
+            tokenizer = cls(merges, special_tokens, "".join(names[:256]))
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise TokenizerError(f"no vocabulary in {encoder_json} and {vocab_bpe} ({error})") from error
         if {name: i for i, name in enumerate(tokenizer.names)} != ids:
