@@ -678,7 +678,7 @@ def report(model, tokenizer, train_ids, val_ids, config, checkpoint, trained):
         "perplexity": math.exp(min(val_loss, 700)),  # a float holds no more
         "bits_per_char": val_loss * (len(val_ids) - 1) / n_chars / math.log(2),
     }
-    if trained:  # just now, on this machine
+    if trained:  # now, on this machine
         metrics |= hardware(model, config, metrics["tokens_per_second"])
     for name, value in metrics.items():
         print(f"{name:>18} {value:,.4f}".removesuffix(".0000"))
@@ -773,10 +773,12 @@ def main():
             tempfile.TemporaryFile(dir=config.out_dir).close()  # a folder that is there may be read-only
         except OSError as error:
             sys.exit(f"error: cannot write to {config.out_dir} ({error}); name another folder: --out_dir")
+        before = checkpoint["step"]
         train(model, train_ids, val_ids, config, checkpoint)
         model.load_state_dict(checkpoint["model"])
     if mode != "sample":
-        metrics = report(model, tokenizer, train_ids, val_ids, config, checkpoint, training)
+        trained = training and checkpoint["step"] > before
+        metrics = report(model, tokenizer, train_ids, val_ids, config, checkpoint, trained)
     if mode != "evaluate":
         torch.manual_seed(config.seed)
         sample = tokenizer.decode(generate(model, prompt, config)[0].tolist())  # prompt: (1, T)

@@ -15,6 +15,7 @@ from dataclasses import fields
 import matplotlib.image
 import pytest
 import torch
+from common import number
 from conftest import ROOT, RUNGS, TINY, VARIANTS, command, run_here, run_rung, tiny_config, tiny_flags
 
 from bpe_tokenizer import BPETokenizer
@@ -170,7 +171,8 @@ def test_bad_input_is_refused_in_one_sentence_and_harms_nothing(rung, trained):
     assert refused(run("--data=afolder"), "afolder", "--data")
     assert refused(run("--data=latin1.txt"), "latin1.txt", "UTF-8")
     assert refused(run("--data=short.txt"), "short.txt", "too short")
-    assert refused(run("--prompt=\u20ac"), "\u20ac", "vocabulary")
+    char = ["--tokenizer=char"] if number(rung) >= 4 else []  # bytes can write any text
+    assert refused(run(*char, "--prompt=\u20ac"), "\u20ac", "vocabulary")
     assert refused(run("--sample", "--prompt=\u20ac"), "\u20ac", "vocabulary")
     assert refused(run("--batch_size=0"), "--batch_size 0")
     assert refused(run("--learning_rate=-1"), "--learning_rate -1")
@@ -489,12 +491,12 @@ def test_checkpoints_that_lack_a_part_or_have_another_shape(rung, trained, tmp_p
     bad += [good | {"model": good["model"] | {name: torch.zeros(2, 3)}}]
     bad += [good | {"model": {"other": torch.zeros(2)}}, good | {"version": 3}]
     modes = ["--sample", "--evaluate"] + (["--resume"] if rung != "v0_bigram" else [])
-    for number, checkpoint in enumerate(bad):
-        out = tmp_path / str(number)
+    for i, checkpoint in enumerate(bad):
+        out = tmp_path / str(i)
         out.mkdir()
         torch.save(checkpoint, out / "checkpoint.pt")
         for mode in modes:
-            assert refused(run_here(rung, mode, f"--out_dir={out}", cwd=folder)), number
+            assert refused(run_here(rung, mode, f"--out_dir={out}", cwd=folder)), i
         assert [path.name for path in out.iterdir()] == ["checkpoint.pt"]
 
 
