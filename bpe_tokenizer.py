@@ -2,7 +2,8 @@
 
 Text is split into words, and a word is a row of UTF-8 bytes. Training joins the two neighbours that are seen
 together most often into one piece, and again, until the vocabulary is full. Encoding repeats these merges in
-the order in which they were learned. No text is unknown: what training never saw stays bytes.
+the order in which they were learned. No text is unknown: what training never saw stays bytes. How text of any
+kind and size is read and encoded into files, read_data and encode_data, is used by rungs from v5 on.
 
     python bpe_tokenizer.py                       learn 512 ids, save them and the encoded text, show examples
     python bpe_tokenizer.py --vocab_size 1024     the same with another value
