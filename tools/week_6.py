@@ -100,7 +100,11 @@ def speed():
             optimizer.step()
             seconds[name].append(time.perf_counter() - start)
     results = {name: {"tokens_per_second": 1024 / statistics.median(s[1:])} for name, s in seconds.items()}
-    return results | {"seconds": seconds, "matmul_flops": v5.matmul_flops(torch.device("cpu")), "machine": machine()}
+    return results | {
+        "seconds": seconds,
+        "matmul_flops": v5.matmul_flops(torch.device("cpu")),
+        "machine": machine(),
+    }
 
 
 def encode_speed():
