@@ -6,8 +6,7 @@ charges for distance. Neither has a last position: --context makes a sample look
 token may now be a piece of a word. The defaults are a better recipe too, whatever the --position.
 
 Since v3_gpt.py
-  added:    NORMS, POSITIONS, RMSNorm, alibi_bias, apply_rope, position_angles, rope_rotation,
-            sinusoidal_embedding
+  added:    POSITIONS, alibi_bias, apply_rope, position_angles, rope_rotation, sinusoidal_embedding
   changed:  Config, LanguageModel, MAY_CHANGE, MultiHeadAttention, SAMPLING, TransformerBlock, generate,
             load_checkpoint, main, report
   removed:  -
@@ -69,7 +68,6 @@ class Config:
     n_head: int = 8  # attention heads, each n_embd / n_head wide
     n_layer: int = 4  # transformer blocks
     init_std: float = 0.1  # standard deviation of the matrices before training
-    norm: str = "layernorm"  # layernorm or rmsnorm
     position: str = "rope"  # learned, sinusoidal, rope, alibi or none
     position_base: float = 10_000.0  # sinusoidal, rope: the larger, the slower all angles but the first
     position_scale: float = 1.0  # sinusoidal, rope: positions are divided by this
@@ -105,8 +103,8 @@ class Config:
             sys.exit("error: --greedy takes --temperature 1 --top_k 0 --top_p 1 only; --no-greedy draws")
         if self.n_embd % self.n_head:
             sys.exit(f"error: --n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}")
-        if self.position not in POSITIONS or self.norm not in NORMS:
-            sys.exit(f"error: --position is one of {', '.join(POSITIONS)}, --norm one of {', '.join(NORMS)}")
+        if self.position not in POSITIONS:
+            sys.exit(f"error: there is no --position {self.position}, choose from: {', '.join(POSITIONS)}")
         if self.position == "rope" and self.n_embd // self.n_head % 2:
             sys.exit(f"error: --n_embd {self.n_embd} must give every head an even number, RoPE turns pairs")
         if self.position == "learned" and self.context > self.block_size:
@@ -199,21 +197,6 @@ def get_batch(ids, config):
 # ---------------------------------------------- model ----------------------------------------------
 
 
-class RMSNorm(nn.Module):
-    """Root mean square norm (Zhang and Sennrich 2019): LayerNorm without the mean and without the bias."""
-
-    def __init__(self, n_embd):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_embd))
-
-    def forward(self, x):
-        """(B, T, C) to (B, T, C): x / sqrt(mean of x^2 + 0.00001) * weight."""
-        return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-5) * self.weight
-
-
-NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": RMSNorm}
-
-
 def position_angles(T, D, config, device):
     """Angles (T, D / 2) in radians: number i at position t is t / scale * base^(-2i / D); D / 2 rounds up."""
     positions = torch.arange(T, device=device) / config.position_scale  # interpolation: Chen et al. 2023
@@ -282,9 +265,9 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.norm1 = NORMS[config.norm](config.n_embd)
+        self.norm1 = nn.LayerNorm(config.n_embd)
         self.attention = MultiHeadAttention(config)
-        self.norm2 = NORMS[config.norm](config.n_embd)
+        self.norm2 = nn.LayerNorm(config.n_embd)
         self.mlp = nn.Sequential(
             nn.Linear(config.n_embd, 4 * config.n_embd),
             nn.GELU(),
@@ -310,7 +293,7 @@ class LanguageModel(nn.Module):
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList([TransformerBlock(config) for _ in range(config.n_layer)])
-        self.norm = NORMS[config.norm](config.n_embd)
+        self.norm = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:

@@ -10,7 +10,7 @@ Since v4_rope_alibi.py
             make_tokenizer, matmul_flops, new_config, new_vocab, peak_memory, published_name, read_published
   changed:  CharTokenizer, Config, LanguageModel, MAY_CHANGE, MultiHeadAttention, SAMPLING, TRAINING,
             TransformerBlock, evaluate, generate, get_batch, load_splits, main, report, rope_rotation, train
-  removed:  NORMS, POSITIONS, RMSNorm, alibi_bias, load_text, position_angles, sinusoidal_embedding
+  removed:  POSITIONS, alibi_bias, load_text, position_angles, sinusoidal_embedding
 
 Result: val loss 3.2772, 2.10 bits/char, 924,416 parameters, 169 s on 2 CPU cores.
 
@@ -374,7 +374,7 @@ class LanguageModel(nn.Module):
     def loss(self, x, y):
         """Sum of the losses in nats of targets `y` (B, T) for inputs `x` (B, T); a target of -100 is skipped.
 
-        The logits, V for each token, are the largest tensor: they are made for 1,024 tokens at a time.
+        The logits, V for each token, are the largest tensor: they are made for 256 tokens at a time.
         """
 
         def loss(x, y):
@@ -382,7 +382,7 @@ class LanguageModel(nn.Module):
 
         device = self.token_embedding.weight.device
         x = self.hidden_states(x.to(device)).flatten(0, 1)  # (B * T, C)
-        pieces = zip(x.split(1024), y.to(device).flatten().split(1024), strict=True)
+        pieces = zip(x.split(256), y.to(device).flatten().split(256), strict=True)
         return sum(self.run(loss, *piece) for piece in pieces)
 
 

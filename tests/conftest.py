@@ -28,7 +28,6 @@ RUNGS = sorted(
 )
 # What must hold for a rung must hold for every kind of position: "RUNG FLAG=VALUE ..."
 VARIANTS = [f"v4_rope_alibi position={name}" for name in ("learned", "sinusoidal", "alibi", "none")]
-VARIANTS[-1] += " norm=rmsnorm"
 TINY = dict(block_size=8, batch_size=4, window=3, n_embd=16, n_head=2, n_layer=2, n_hidden=16, warmup_steps=3)
 TINY |= dict(max_steps=12, eval_interval=5, eval_tokens=300, max_new_tokens=20, tokenizer="char", dropout=0.0)
 

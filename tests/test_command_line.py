@@ -259,14 +259,14 @@ def test_any_utf8_text_can_be_learned(rung, folder):
 
 # For every field of every Config another value than the small settings have.
 OTHER = dict(data="other.txt", out_dir="nowhere", device="cpu", seed=7, block_size=4, batch_size=2, window=2)
-OTHER |= dict(n_embd=32, n_head=1, n_layer=1, n_hidden=8, init_std=0.5, norm="rmsnorm", position="none")
+OTHER |= dict(n_embd=32, n_head=1, n_layer=1, n_hidden=8, init_std=0.5, position="none")
 OTHER |= dict(tokenizer="bpe.json", max_steps=13, learning_rate=0.5, warmup_steps=11, lr_floor=0.9, beta2=0.5)
 OTHER |= dict(weight_decay=9.0, dropout=0.5, grad_clip=1e-4, eval_interval=4, eval_tokens=200, greedy=True)
 OTHER |= dict(temperature=0.3, top_k=1, top_p=0.2, prompt="The", max_new_tokens=9, context=2)
 OTHER |= dict(position_base=3.0, position_scale=9.0, preset="gpt2", init_from="model", vocab_size=300)
 OTHER |= dict(grad_accum=2, gradient_checkpointing=True)
 KEPT = {"data", "out_dir", "block_size", "batch_size", "window", "n_embd", "n_head", "n_layer", "n_hidden"}
-KEPT |= {"init_std", "norm", "position", "position_base", "position_scale", "tokenizer", "eval_tokens"}
+KEPT |= {"init_std", "position", "position_base", "position_scale", "tokenizer", "eval_tokens"}
 KEPT |= {"preset", "init_from", "vocab_size", "grad_accum"}
 SAMPLING = {"seed", "greedy", "temperature", "top_k", "top_p", "prompt", "max_new_tokens", "context"}
 SAMPLING |= {"device", "position_base", "position_scale"}  # what --sample takes

@@ -153,21 +153,6 @@ def test_sinusoidal_positions_are_added_to_scaled_tokens(float64):
     close(model(idx), model.head(model.norm(x)))
 
 
-def test_rmsnorm_is_that_of_pytorch(float64):
-    ours, theirs = v4.RMSNorm(32), nn.RMSNorm(32, eps=1e-5)
-    nn.init.normal_(ours.weight)
-    theirs.load_state_dict(ours.state_dict())
-    for size in (1e-3, 1, 100):
-        x = size * torch.randn(4, 7, 32)
-        close(ours(x), theirs(x))
-
-
-def test_norm_flag_replaces_every_norm():
-    model, _ = make_model(norm="rmsnorm")
-    assert sum(isinstance(part, v4.RMSNorm) for part in model.modules()) == 2 * 2 + 1
-    assert not any(isinstance(part, nn.LayerNorm) for part in model.modules())
-
-
 def test_rope_scores_depend_on_the_distance_alone(float64):
     config, T = tiny_config(v4), 200
     rotation = v4.rope_rotation(T, config, "cpu")
@@ -208,10 +193,10 @@ def test_without_positions_two_layers_can_tell_orderings_apart(float64):
     assert not torch.allclose(model(idx)[0, -1], model(idx[:, [1, 0, 2]])[0, -1], rtol=0, atol=1e-3)
 
 
-def test_learned_layernorm_char_is_v3_to_the_bit():
+def test_learned_char_is_v3_to_the_bit():
     torch.manual_seed(0)
     below = v3_gpt.LanguageModel(v3_gpt.Config(), V).eval()
-    same = {"position": "learned", "norm": "layernorm", "tokenizer": "char"}
+    same = {"position": "learned", "tokenizer": "char"}
     model = v4.LanguageModel(v4.Config(**vars(v3_gpt.Config()) | same), V).eval()
     model.load_state_dict(below.state_dict())
     for T in (1, 17, 64):
@@ -222,7 +207,7 @@ def test_learned_layernorm_char_is_v3_to_the_bit():
 def test_training_with_learned_positions_is_that_of_v3(folder):
     names = ("init_std", "learning_rate", "lr_floor", "beta2")
     recipe = {name: getattr(v3_gpt.Config, name) for name in names}
-    flags = {"position": "learned", "norm": "layernorm", "tokenizer": "char"} | recipe
+    flags = {"position": "learned", "tokenizer": "char"} | recipe
     for rung, module, more in (("v3_gpt", v3_gpt, {}), ("v4_rope_alibi", v4, flags)):
         process = run_here(rung, *tiny_flags(module, **more), cwd=folder)
         assert process.returncode == 0, process.stderr
@@ -308,7 +293,6 @@ def test_too_few_tokens_are_refused(folder, vocabulary):
     ("flags", "words"),
     [
         (["--position=absolute"], ["--position", "learned, sinusoidal, rope, alibi, none"]),
-        (["--norm=batchnorm"], ["--norm", "layernorm, rmsnorm"]),
         (["--n_embd=12", "--n_head=4"], ["--n_embd 12", "even"]),
         (["--position=learned", "--context=1000"], ["--position learned", "--context"]),
         (["--position_scale=0"], ["--position_scale 0"]),
@@ -323,7 +307,7 @@ def test_impossible_values(flags, words, folder):
     assert not (folder / "runs").exists()
 
 
-@pytest.mark.parametrize("flag", ["--position=alibi", "--norm=rmsnorm", "--block_size=16"])
+@pytest.mark.parametrize("flag", ["--position=alibi", "--block_size=16"])
 def test_a_saved_model_keeps_its_shape(flag, folder):
     assert run_here("v4_rope_alibi", *tiny_flags(v4), cwd=folder).returncode == 0
     for mode in ("--sample", "--resume"):

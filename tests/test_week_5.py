@@ -44,6 +44,20 @@ def test_the_raised_base_leaves_the_fastest_angle_and_brings_the_slowest_back():
         torch.testing.assert_close(after[n * 8, -1], before[8, -1])
 
 
+def test_rmsnorm_is_that_of_pytorch():
+    ours, theirs = week_5.RMSNorm(32), torch.nn.RMSNorm(32, eps=1e-5)
+    torch.nn.init.normal_(ours.weight)
+    theirs.load_state_dict(ours.state_dict())
+    for size in (1e-3, 1, 100):
+        x = size * torch.randn(4, 7, 32)
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_with_rmsnorm_no_layernorm_is_left():
+    parts = [type(part) for part in week_5.WithRMSNorm(tiny_config(v4), 65).modules()]
+    assert parts.count(week_5.RMSNorm) == 2 * 2 + 1 and torch.nn.LayerNorm not in parts
+
+
 def test_kinds_of_tokens():
     kinds = {"a": "vowel", " u": "vowel", "th": "consonant", "y": "consonant", "\u00e4": "consonant"}
     kinds |= {"A": "capital", " The": "capital", "3": "digit", "42": "digit"}

@@ -15,6 +15,7 @@ from unittest.mock import patch
 import matplotlib.pyplot as plt
 import regex
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from common import LOGS, ROOT, run, run_all, run_experiments, spread, table
 from week_4 import SEEDS, race_table, seeds
@@ -462,10 +463,35 @@ def interpolation():
     return results
 
 
+class RMSNorm(nn.Module):
+    """Root mean square norm (Zhang and Sennrich 2019): LayerNorm without the mean and without the bias."""
+
+    def __init__(self, n_embd):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+
+    def forward(self, x):
+        """(B, T, C) to (B, T, C): x / sqrt(mean of x^2 + 0.00001) * weight."""
+        return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-5) * self.weight
+
+
+class WithRMSNorm(v4.LanguageModel):
+    """v4's model with RMSNorm in place of every LayerNorm."""
+
+    def __init__(self, config, vocab_size):
+        super().__init__(config, vocab_size)
+        for part in list(self.modules()):
+            for name, child in part.named_children():
+                if isinstance(child, nn.LayerNorm):
+                    setattr(part, name, RMSNorm(config.n_embd))
+
+
 def norms():
     """LayerNorm and RMSNorm, 600 steps, one seed: val loss and seconds."""
-    runs = {norm: run("v4_rope_alibi", f"norm_{norm}", norm=norm, max_steps=600) for norm in v4.NORMS}
-    return {norm: {key: m[key] for key in ("params", "val_loss", "seconds")} for norm, m in runs.items()}
+    models = {"LayerNorm": {}, "RMSNorm": {"LanguageModel": WithRMSNorm}}
+    runs = {norm: run("v4_rope_alibi", norm, replace, max_steps=600) for norm, replace in models.items()}
+    keys = ("params", "val_loss", "seconds", "machine")
+    return {norm: {key: m[key] for key in keys} for norm, m in runs.items()}
 
 
 def kind_of(token):
