@@ -398,7 +398,11 @@ class BPETokenizer:
 
     @classmethod
     def load(cls, path):
-        """Read what save wrote."""
+        """Read what save wrote, or a folder with GPT-2's two files under either of their usual names."""
+        if Path(path).is_dir():
+            old = Path(path, "encoder.json").exists()
+            names = ("encoder.json", "vocab.bpe") if old else ("vocab.json", "merges.txt")
+            return cls.from_gpt2(*(Path(path, name) for name in names))
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:  # missing, not UTF-8, not JSON, or not a vocabulary

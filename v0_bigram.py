@@ -317,7 +317,7 @@ def main():
 
     torch.manual_seed(config.seed)
     model = LanguageModel(config, len(tokenizer.vocab)).to(device)
-    if mode != "train":
+    if "model" in checkpoint:
         load_weights(model, checkpoint["model"])
     if mode == "train":
         try:

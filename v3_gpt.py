@@ -490,7 +490,7 @@ def main():
 
     torch.manual_seed(config.seed)
     model = LanguageModel(config, len(tokenizer.vocab)).to(device)
-    if mode != "train":
+    if "model" in checkpoint:
         load_weights(model, checkpoint["model"])
     if training := mode in ("train", "resume"):
         try:

@@ -6,7 +6,8 @@ charges for distance. Neither has a last position: --context makes a sample look
 token may now be a piece of a word. The defaults are a better recipe too, whatever the --position.
 
 Since v3_gpt.py
-  added:    POSITIONS, alibi_bias, apply_rope, position_angles, rope_rotation, sinusoidal_embedding
+  added:    POSITIONS, alibi_bias, apply_rope, make_tokenizer, position_angles, rope_rotation,
+            sinusoidal_embedding
   changed:  Config, LanguageModel, MAY_CHANGE, MultiHeadAttention, SAMPLING, TransformerBlock, generate,
             load_checkpoint, main, report
   removed:  -
@@ -163,6 +164,11 @@ class CharTokenizer:
     def decode(self, ids):
         """List of ids to text."""
         return "".join(self.vocab[i] for i in ids)
+
+
+def make_tokenizer(vocab):
+    """Return the tokenizer of a vocabulary: a string of characters, or what BPETokenizer.to_dict returns."""
+    return (CharTokenizer if isinstance(vocab, str) else BPETokenizer.from_dict)(vocab)
 
 
 def load_text(config):
@@ -568,17 +574,16 @@ def main():
         checkpoint = {"version": NAME, "vocab": vocab, "step": 0, "seconds": 0.0, "history": []}
     else:
         checkpoint, config = load_checkpoint(mode, flags)
-    bpe = isinstance(checkpoint["vocab"], dict)
-    tokenizer = (BPETokenizer.from_dict if bpe else CharTokenizer)(checkpoint["vocab"])
+    tokenizer = make_tokenizer(checkpoint["vocab"])
     device = pick_device(config.device)
-    first = tokenizer.encode("\n") if bpe else [0]  # where a sample starts if there is no prompt
+    first = [0] if config.tokenizer == "char" else tokenizer.encode("\n")  # if there is no prompt
     prompt = torch.tensor([tokenizer.encode(config.prompt.replace("\\n", "\n")) or first], device=device)
     if mode != "sample":
         train_ids, val_ids = load_splits(config, tokenizer, device)
 
     torch.manual_seed(config.seed)
     model = LanguageModel(config, len(tokenizer.vocab)).to(device)
-    if mode != "train":
+    if "model" in checkpoint:
         load_weights(model, checkpoint["model"])
     if training := mode in ("train", "resume"):
         try:

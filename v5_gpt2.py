@@ -6,8 +6,8 @@ once, into files that training maps; --grad_accum adds up the gradients of sever
 --gradient_checkpointing computes activations twice instead of keeping them.
 
 Since v4_rope_alibi.py
-  added:    FINE_TUNING, GPT2, PRESETS, PUBLISHED, SAMPLE, SPECIAL_TOKENS, fetch, hardware, load_published,
-            make_tokenizer, matmul_flops, new_config, new_vocab, peak_memory, published_name, read_published
+  added:    FINE_TUNING, GPT2, PRESETS, PUBLISHED, SPECIAL_TOKENS, VOCAB_TEXT, fetch, hardware,
+            load_published, matmul_flops, new_config, new_vocab, peak_memory, published_name, read_published
   changed:  CharTokenizer, Config, LanguageModel, MAY_CHANGE, MultiHeadAttention, SAMPLING, TRAINING,
             TransformerBlock, evaluate, generate, get_batch, load_splits, main, report, rope_rotation, train
   removed:  POSITIONS, alibi_bias, load_text, position_angles, sinusoidal_embedding
@@ -53,10 +53,11 @@ TRAINING = ("max_steps", "learning_rate", "warmup_steps", "lr_floor", "grad_clip
 TRAINING += ("dropout", "beta2", "weight_decay", "gradient_checkpointing")
 # Fields that a flag may change when a saved model is loaded; all others stay as they were in its training.
 MAY_CHANGE = {"evaluate": ("device",), "sample": SAMPLING, "resume": SAMPLING + TRAINING}
-SAMPLE = 10_000_000  # characters that a vocabulary is learned from, at most
+VOCAB_TEXT = 10_000_000  # characters that a vocabulary is learned from, at most
 SPECIAL_TOKENS = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|context|>")
 # What a preset sets, below the flags. GPT-2's batch of 512 x 1,024 tokens is 4 x 128 here. How it was trained
-# was not published in full: the step sizes and what goes with them are GPT-3's (Brown et al. 2020).
+# was not published in full: the step sizes and what goes with them are GPT-3's (Brown et al. 2020). Its
+# dropout inside the attention is left out, as the fused kernel for CPUs has none.
 GPT2 = dict(vocab_size=50257, position="learned", block_size=1024, init_std=0.02, dropout=0.1, batch_size=4)
 GPT2 |= dict(grad_accum=128, max_steps=20_000, warmup_steps=700, lr_floor=0.1, beta2=0.95, weight_decay=0.1)
 PRESETS = {
@@ -67,6 +68,7 @@ PRESETS = {
     "gpt2-xl": GPT2 | dict(n_layer=48, n_head=25, n_embd=1600, learning_rate=0.0002),
 }
 FINE_TUNING = dict(learning_rate=0.00003, batch_size=1, grad_accum=8, max_steps=200, warmup_steps=20)
+FINE_TUNING |= dict(eval_interval=20)
 
 
 @dataclass
@@ -121,6 +123,8 @@ class Config:
             sys.exit("error: --greedy takes --temperature 1 --top_k 0 --top_p 1 only; --no-greedy draws")
         if self.n_embd % self.n_head:
             sys.exit(f"error: --n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}")
+        if self.vocab_size > 2**16:
+            sys.exit(f"error: --vocab_size {self.vocab_size} is too large: ids are kept as 16 bits")
         if self.position not in ("learned", "rope"):
             sys.exit(f"error: there is no --position {self.position}, choose from: learned, rope")
         if self.position == "rope" and self.n_embd // self.n_head % 2:
@@ -156,10 +160,11 @@ def new_config(mode, flags):
         return Config(**PRESETS[preset] | flags)
     model = read_published(fetch(published))
     used = {"sample": SAMPLING, "evaluate": ("device", "data", "batch_size")}.get(mode, tuple(flags))
+    fixed = model | {"preset": None, "init_std": None, "block_size": flags.get("block_size")}
     for name, value in flags.items():
         if name not in (*used, "init_from", "tokenizer", "block_size"):
             sys.exit(f"error: --{mode} with --init_from does not use --{name}; leave out that flag")
-        if name in ("preset", "init_std", *model) and value != model.get(name) and name != "block_size":
+        if fixed.get(name, value) != value:
             sys.exit(f"error: --{name} {value} cannot be: the model in {published} has its own")
     return Config(**GPT2 | FINE_TUNING | {"tokenizer": published} | model | flags)
 
@@ -217,24 +222,20 @@ def make_tokenizer(vocab):
 def new_vocab(config):
     """Return the vocabulary that --tokenizer names; bpe learns it from the beginning of the training text."""
     if config.tokenizer == "char":
-        return "".join(sorted(set().union(*(text for *_, text in read_data(config.data)))))
+        return "".join(sorted({char for *_, text in read_data(config.data) for char in text}))
     if config.tokenizer == "bpe":
         sample = ""  # of bounded size, whatever the size of the data
         for split, _, text in read_data(config.data):
             sample += text if split == "train" else ""
-            if len(sample) >= SAMPLE:
+            if len(sample) >= VOCAB_TEXT:
                 break
+        sample = sample[:VOCAB_TEXT]
         try:
-            tokenizer = BPETokenizer.train(sample[:SAMPLE], config.vocab_size, SPECIAL_TOKENS, progress=True)
+            return BPETokenizer.train(sample, config.vocab_size, SPECIAL_TOKENS, progress=True).to_dict()
         except TokenizerError as error:
-            sys.exit(f"error: {config.data} is too short for --vocab_size {config.vocab_size}: {error}")
-        return tokenizer.to_dict()
-    if config.tokenizer == config.init_from or Path(config.tokenizer).is_dir():
-        folder = fetch(config.tokenizer)
-        old = (folder / "encoder.json").exists()
-        names = ("encoder.json", "vocab.bpe") if old else ("vocab.json", "merges.txt")
-        return BPETokenizer.from_gpt2(*(folder / name for name in names)).to_dict()
-    return BPETokenizer.load(config.tokenizer).to_dict()
+            sys.exit(f"error: no --vocab_size {config.vocab_size} from {config.data}: {error}")
+    published = config.tokenizer == config.init_from
+    return BPETokenizer.load(fetch(config.tokenizer) if published else config.tokenizer).to_dict()
 
 
 def load_splits(config, vocab):
@@ -246,7 +247,7 @@ def load_splits(config, vocab):
         if n <= config.block_size:
             reason = f"{n} tokens in the {name} split, one window needs {config.block_size + 1}"
             sys.exit(f"error: {config.data} is too short: {reason}")
-        splits.append(torch.from_file(str(path), size=n, dtype=torch.uint16))
+        splits.append(torch.from_file(str(path), shared=True, size=n, dtype=torch.uint16))
     return splits
 
 
@@ -374,19 +375,17 @@ class LanguageModel(nn.Module):
     def loss(self, x, y):
         """Sum of the losses in nats of targets `y` (B, T) for inputs `x` (B, T); a target of -100 is skipped.
 
-        The logits, V for each token, are the largest tensor: they are made for 256 tokens at a time.
+        The logits, V for each token, are the largest tensor: they are made for 256 tokens at a time, and with
+        --gradient_checkpointing not kept.
         """
-
-        def loss(x, y):
-            return F.cross_entropy(self.logits(x), y, reduction="sum")
-
-        device = self.token_embedding.weight.device
-        x = self.hidden_states(x.to(device)).flatten(0, 1)  # (B * T, C)
-        pieces = zip(x.split(256), y.to(device).flatten().split(256), strict=True)
-        return sum(self.run(loss, *piece) for piece in pieces)
+        device, total = self.token_embedding.weight.device, 0.0
+        x, y = self.hidden_states(x.to(device)).flatten(0, 1), y.to(device).flatten()  # (B * T, C), (B * T,)
+        for piece in zip(x.split(256), y.split(256), strict=True):
+            total += self.run(lambda x, y: F.cross_entropy(self.logits(x), y, reduction="sum"), *piece)
+        return total
 
 
-# Our names of layers, and those in Hugging Face's files of GPT-2 and GPT-NeoX, which is GPT-2 with rope.
+# Our names of layers, and those in Hugging Face's files of GPT-2 and, for rope, of GPT-NeoX.
 PUBLISHED = {
     "token_embedding": ("wte", "embed_in"),
     "position_embedding": ("wpe", ""),
@@ -413,23 +412,24 @@ def read_published(folder):
     try:
         theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if theirs["model_type"] == "gpt2":
-            position, names = "learned", "n_embd n_head n_layer n_positions activation_function"
-            same = not theirs.get("scale_attn_by_inverse_layer_idx") and theirs.get(
-                "scale_attn_weights", True
-            )
+            position, names = "learned", "n_embd n_head n_layer n_positions"
+            same = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+            unless_given = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
         else:
-            position, names = "rope", "hidden_size num_attention_heads num_hidden_layers"
-            names += " max_position_embeddings hidden_act"
-            rope = theirs.get("rope_parameters") or {"partial_rotary_factor": theirs["rotary_pct"]}
-            same = theirs["model_type"] == "gpt_neox" and not theirs["use_parallel_residual"]
-            same = same and (rope["partial_rotary_factor"], rope.get("rope_theta", 10_000)) == (1, 10_000)
-        n_embd, n_head, n_layer, block_size, activation = (theirs[name] for name in names.split())
-        norm_eps = theirs.get("layer_norm_epsilon", theirs.get("layer_norm_eps"))
-        if not same or activation != "gelu_new" or norm_eps != 1e-5:
-            raise ValueError("it computes something else")
+            position = "rope"
+            names = "hidden_size num_attention_heads num_hidden_layers max_position_embeddings"
+            theirs |= theirs.get("rope_parameters") or {"partial_rotary_factor": theirs["rotary_pct"]}
+            same = {"model_type": "gpt_neox", "hidden_act": "gelu_new", "layer_norm_eps": 1e-5}
+            same |= {"use_parallel_residual": False, "partial_rotary_factor": 1}
+            unless_given = {"rope_theta": 10_000, "rotary_emb_base": 10_000, "rope_type": "default"}
+            unless_given |= {"rope_scaling": None}
+        same, theirs = same | unless_given, unless_given | theirs
+        if wrong := [name for name in same if theirs.get(name) != same[name]]:
+            raise ValueError(f"it computes something else: {', '.join(wrong)}")
+        shape = [theirs[name] for name in names.split()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         sys.exit(f"error: {folder} has no config.json of a GPT-2, or of a GPT-NeoX like it ({error!r})")
-    return dict(position=position, n_embd=n_embd, n_head=n_head, n_layer=n_layer, block_size=block_size)
+    return dict(zip(("n_embd", "n_head", "n_layer", "block_size"), shape, strict=True), position=position)
 
 
 def load_published(model, config):
@@ -440,19 +440,18 @@ def load_published(model, config):
             weights = load_file(folder / "model.safetensors")
         else:
             weights = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-        weights = {re.sub(r"^(transformer|gpt_neox)\.", "", name): weight for name, weight in weights.items()}
         our_names = {published_name(name, config.position): name for name in model.state_dict()}
-        for theirs, weight in weights.items():
-            if re.search(r"\.(attn|attention)\.(masked_)?bias$", theirs):
-                continue  # the causal mask
-            name = our_names.get(theirs, theirs)
+        for name, weight in weights.items():
+            name = re.sub(r"^(transformer|gpt_neox)\.", "", name)
+            name = our_names.get(name, name)
             if config.position == "learned" and name.startswith("blocks") and weight.dim() == 2:
                 weight = weight.T  # GPT-2 keeps a matrix as (in, out)
             elif config.position == "rope" and ".qkv." in name:  # theirs has q, k and v of head 0, then of 1
-                weight = weight.view(config.n_head, 3, -1, *weight.shape[1:]).transpose(0, 1).flatten(0, 2)
+                weight = weight.unflatten(0, (config.n_head, 3, -1)).transpose(0, 1).flatten(0, 2)
             elif name == "position_embedding.weight":
                 weight = weight[: config.block_size]
-            ours[name] = weight
+            if not re.search(r"\.(attn|attention)\.(masked_)?bias$", name):  # the causal mask
+                ours[name] = weight
         for head in ours.keys() & {"lm_head.weight", "embed_out.weight"}:
             if torch.equal(ours[head], ours["token_embedding.weight"]):
                 del ours[head]  # one tensor here
@@ -474,10 +473,10 @@ def evaluate(model, ids, config, max_tokens=None):
     starts = torch.arange(0, len(ids) - 1, stride * config.block_size)
     model.eval()
     total, n = 0.0, 0
-    for some in starts.split(config.batch_size):
-        places = some[:, None] + torch.arange(config.block_size + 1)  # (B, T + 1)
-        windows = ids[places.clamp(max=len(ids) - 1)].long()
-        y = windows[:, 1:].masked_fill(places[:, 1:] >= len(ids), -100)  # the last window is not full
+    for first in starts.split(config.batch_size):
+        at = first[:, None] + torch.arange(config.block_size + 1)  # (B, T + 1)
+        windows = ids[at.clamp(max=len(ids) - 1)].long()
+        y = windows[:, 1:].masked_fill(at[:, 1:] >= len(ids), -100)  # the last window is not full
         total += model.loss(windows[:, :-1], y).item()
         n += (y != -100).sum().item()
     model.train()
@@ -619,7 +618,7 @@ def train(model, train_ids, val_ids, config, checkpoint):
 
 
 def peak_memory(device):
-    """Most bytes that were in use at a time: on a CUDA device, else in this process."""
+    """Most bytes in use at a time: by tensors on a CUDA device, else by this process, all it did."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":
@@ -631,7 +630,7 @@ def peak_memory(device):
         return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
     import resource  # Windows has none
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def matmul_flops(device):
@@ -649,26 +648,27 @@ def hardware(model, config, speed):
     """What training took of the machine: peak memory in bytes, operations per second, share of matmul_flops.
 
     A token costs 6 operations for each number in a matrix, and in each block 12 C for each of T tokens: the
-    half that the mask hides is counted too, as is usual (Chowdhery et al. 2022, appendix B).
+    half that the mask hides is counted too, as is usual (Chowdhery et al. 2022, appendix B), what
+    --gradient_checkpointing computes again is not.
     """
-    peak, device = peak_memory(model.token_embedding.weight.device), model.token_embedding.weight.device
-    matrices = sum(
-        p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "position" not in name
-    )
-    flops = speed * (6 * matrices + 12 * config.n_layer * config.n_embd * config.block_size)
-    share = flops / matmul_flops(device)
-    return {"peak_memory": peak, "flops_per_second": flops, "share_of_matmul": share}
+    device, L, C, T = next(model.parameters()).device, config.n_layer, config.n_embd, config.block_size
+    flops = speed * (6 * (12 * L * C**2 + config.vocab_size * C) + 12 * L * C * T)
+    measured = {"peak_memory": peak_memory(device), "flops_per_second": flops}
+    return measured | {"share_of_matmul": flops / matmul_flops(device)}
 
 
-def report(model, tokenizer, train_ids, val_ids, config, checkpoint, trained):
-    """Evaluate on the whole validation split; print a summary; return what metrics.json will hold."""
+def report(model, tokenizer, train_ids, val_ids, config, checkpoint, before):
+    """Evaluate on the whole validation split; print a summary; return what metrics.json will hold.
+
+    `before` is the checkpoint as it was before this training, if there was any.
+    """
     tokens = checkpoint["step"] * config.grad_accum * config.batch_size * config.block_size
     val_loss = evaluate(model, val_ids, config)
     # A token may be several characters: as many as it has bytes that begin one. Special tokens are no text.
     pieces = [piece.encode() if isinstance(piece, str) else piece for piece in tokenizer.vocab]
-    n_chars = torch.tensor([sum(byte >> 6 != 2 for byte in piece) for piece in pieces])
-    n_chars[list(tokenizer.special_tokens.values())] = 0
-    n_chars = sum(n_chars[ids.long()].sum().item() for ids in val_ids[1:].split(2**20))
+    chars_of = torch.tensor([sum(byte >> 6 != 2 for byte in piece) for piece in pieces])
+    chars_of[list(tokenizer.special_tokens.values())] = 0
+    n_chars = sum(chars_of[ids.long()].sum().item() for ids in val_ids[1:].split(2**20))
     metrics = {
         "params": sum(p.numel() for p in model.parameters()),
         "seconds": checkpoint["seconds"],
@@ -678,8 +678,9 @@ def report(model, tokenizer, train_ids, val_ids, config, checkpoint, trained):
         "perplexity": math.exp(min(val_loss, 700)),  # a float holds no more
         "bits_per_char": val_loss * (len(val_ids) - 1) / n_chars / math.log(2),
     }
-    if trained:  # now, on this machine
-        metrics |= hardware(model, config, metrics["tokens_per_second"])
+    if steps := checkpoint["step"] - before["step"]:  # taken now, on this machine
+        seconds = checkpoint["seconds"] - before["seconds"]
+        metrics |= hardware(model, config, tokens / checkpoint["step"] * steps / seconds)
     for name, value in metrics.items():
         print(f"{name:>18} {value:,.4f}".removesuffix(".0000"))
     print(f"{'files in':>18} {config.out_dir}\n")
@@ -748,14 +749,15 @@ def main():
     mode, flags = parse_flags()
     if mode == "train" or (mode != "resume" and flags.get("init_from")):
         config = new_config(mode, flags)
+        device = pick_device(config.device)
         checkpoint = {"version": NAME, "vocab": new_vocab(config), "step": 0, "seconds": 0.0, "history": []}
     else:
         checkpoint, config = load_checkpoint(mode, flags)
-    tokenizer = make_tokenizer(checkpoint["vocab"])
+        device = pick_device(config.device)
+    before, tokenizer = dict(checkpoint), make_tokenizer(checkpoint["vocab"])
     config.vocab_size = len(tokenizer.vocab)
     if flags.get("vocab_size", config.vocab_size) != config.vocab_size:
         sys.exit(f"error: --vocab_size must be {config.vocab_size}, as --tokenizer {config.tokenizer} has it")
-    device = pick_device(config.device)
     first = [0] if config.tokenizer == "char" else tokenizer.encode("\n")  # if there is no prompt
     prompt = torch.tensor([tokenizer.encode(config.prompt.replace("\\n", "\n")) or first], device=device)
     if mode != "sample":
@@ -773,12 +775,10 @@ def main():
             tempfile.TemporaryFile(dir=config.out_dir).close()  # a folder that is there may be read-only
         except OSError as error:
             sys.exit(f"error: cannot write to {config.out_dir} ({error}); name another folder: --out_dir")
-        before = checkpoint["step"]
         train(model, train_ids, val_ids, config, checkpoint)
         model.load_state_dict(checkpoint["model"])
     if mode != "sample":
-        trained = training and checkpoint["step"] > before
-        metrics = report(model, tokenizer, train_ids, val_ids, config, checkpoint, trained)
+        metrics = report(model, tokenizer, train_ids, val_ids, config, checkpoint, before)
     if mode != "evaluate":
         torch.manual_seed(config.seed)
         sample = tokenizer.decode(generate(model, prompt, config)[0].tolist())  # prompt: (1, T)

@@ -187,9 +187,9 @@ def test_models_of_another_kind_are_refused(tmp_path):
     good = json.loads((tmp_path / "config.json").read_text())
     for change, word in (
         ({"model_type": "llama"}, "config.json"),
-        ({"activation_function": "relu"}, "something else"),
-        ({"layer_norm_epsilon": 1e-3}, "something else"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "something else"),
+        ({"activation_function": "relu"}, "something else: activation_function"),
+        ({"layer_norm_epsilon": 1e-3}, "something else: layer_norm_epsilon"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "something else: scale_attn_by_inverse_layer_idx"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(good | change))
         with pytest.raises(SystemExit, match=re.escape(word)):
@@ -209,6 +209,29 @@ def test_models_of_another_kind_are_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(SystemExit, match="do not fit"):
         load(tmp_path)
+
+
+def test_other_kinds_of_rope_are_refused(tmp_path):
+    """Also as older files of GPT-NeoX say it: one that turns a quarter of a head, one of another base."""
+    published("gpt_neox").save_pretrained(tmp_path)
+    good = json.loads((tmp_path / "config.json").read_text())
+    rope = good.pop("rope_parameters")
+    old = good | {"rotary_pct": 1.0, "rotary_emb_base": 10000}
+    for config in (good | {"rope_parameters": rope}, old):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        load(tmp_path)
+    for config, word in (
+        (good | {"rope_parameters": rope | {"partial_rotary_factor": 0.25}}, "partial_rotary_factor"),
+        (good | {"rope_parameters": rope | {"rope_theta": 500000.0}}, "rope_theta"),
+        (good | {"rope_parameters": rope | {"rope_type": "linear", "factor": 4.0}}, "rope_type"),
+        (old | {"rotary_pct": 0.25}, "partial_rotary_factor"),
+        (old | {"rotary_emb_base": 500000}, "rotary_emb_base"),
+        (old | {"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling"),
+        (old | {"use_parallel_residual": True}, "use_parallel_residual"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(SystemExit, match=f"something else: {word}"):
+            load(tmp_path)
 
 
 class Evil:
@@ -540,7 +563,7 @@ def test_vocabulary_is_learned_from_the_training_split_of_bounded_size(tmp_path,
     Path("a.txt").write_text(TEXT[:30_000], encoding="utf-8")
     v5.new_vocab(small(data="a.txt"))
     v5.new_vocab(small(data=str(write_documents("jsonl", tmp_path / "data"))))
-    monkeypatch.setattr(v5, "SAMPLE", 5000)
+    monkeypatch.setattr(v5, "VOCAB_TEXT", 5000)
     v5.new_vocab(small(data="a.txt"))
     train = "".join(text for i, text in enumerate(DOCUMENTS) if i not in (1, 101, 201))
     assert seen == [TEXT[:27_000], train, TEXT[:5000]]
@@ -677,3 +700,24 @@ def test_processes_are_spawned_where_they_must_be(tmp_path, tokenizer):
     (folder,) = (tmp_path / "runs" / "tokens").iterdir()
     ids = np.fromfile(folder / "val.bin", dtype=np.uint16)
     assert ids.tolist() == tokenizer.encode((TEXT * 3)[int(0.9 * 3 * len(TEXT)) :])
+
+
+@pytest.mark.parametrize("size", [100, 100_000])
+def test_vocabularies_that_cannot_be_are_refused(size, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text(TEXT[:5000], encoding="utf-8")
+    with pytest.raises(SystemExit, match=f"--vocab_size {size}"):
+        v5.new_vocab(replace(small(), data="a.txt", vocab_size=size))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="files with holes, and a limit of memory to hit")
+def test_ids_larger_than_the_memory_are_mapped(tmp_path, monkeypatch):
+    """600 GB of zeros that take no place on the disk: no more is read than a batch touches."""
+    monkeypatch.setattr(v5, "encode_data", lambda *_: tmp_path)
+    for name in ("train.bin", "val.bin"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(600 * 10**9)
+    train_ids, _ = v5.load_splits(small(), None)
+    assert len(train_ids) == 300 * 10**9
+    x, y = v5.get_batch(train_ids, small())
+    assert x.shape == y.shape and not x.any()
