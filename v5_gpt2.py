@@ -378,11 +378,11 @@ class LanguageModel(nn.Module):
         The logits, V for each token, are the largest tensor: they are made for 256 tokens at a time, and with
         --gradient_checkpointing not kept.
         """
-        device, total = self.token_embedding.weight.device, 0.0
+        device, loss = self.token_embedding.weight.device, 0.0
         x, y = self.hidden_states(x.to(device)).flatten(0, 1), y.to(device).flatten()  # (B * T, C), (B * T,)
         for piece in zip(x.split(256), y.split(256), strict=True):
-            total += self.run(lambda x, y: F.cross_entropy(self.logits(x), y, reduction="sum"), *piece)
-        return total
+            loss += self.run(lambda x, y: F.cross_entropy(self.logits(x), y, reduction="sum"), *piece)
+        return loss
 
 
 # Our names of layers, and those in Hugging Face's files of GPT-2 and, for rope, of GPT-NeoX.
@@ -472,15 +472,15 @@ def evaluate(model, ids, config, max_tokens=None):
     stride = max(1, len(ids) // max_tokens) if max_tokens else 1
     starts = torch.arange(0, len(ids) - 1, stride * config.block_size)
     model.eval()
-    total, n = 0.0, 0
+    loss, n = 0.0, 0
     for first in starts.split(config.batch_size):
         at = first[:, None] + torch.arange(config.block_size + 1)  # (B, T + 1)
         windows = ids[at.clamp(max=len(ids) - 1)].long()
         y = windows[:, 1:].masked_fill(at[:, 1:] >= len(ids), -100)  # the last window is not full
-        total += model.loss(windows[:, :-1], y).item()
+        loss += model.loss(windows[:, :-1], y).item()
         n += (y != -100).sum().item()
     model.train()
-    return total / n
+    return loss / n
 
 
 def save_checkpoint(checkpoint, config):
@@ -647,9 +647,8 @@ def matmul_flops(device):
 def hardware(model, config, speed):
     """What training took of the machine: peak memory in bytes, operations per second, share of matmul_flops.
 
-    A token costs 6 operations for each number in a matrix, and in each block 12 C for each of T tokens: the
-    half that the mask hides is counted too, as is usual (Chowdhery et al. 2022, appendix B), what
-    --gradient_checkpointing computes again is not.
+    A token costs 6 operations for each number in a matrix and 12 C T in each block, the half that the mask
+    hides included, nothing that is computed twice (Chowdhery et al. 2022, appendix B).
     """
     device, L, C, T = next(model.parameters()).device, config.n_layer, config.n_embd, config.block_size
     flops = speed * (6 * (12 * L * C**2 + config.vocab_size * C) + 12 * L * C * T)
@@ -658,10 +657,7 @@ def hardware(model, config, speed):
 
 
 def report(model, tokenizer, train_ids, val_ids, config, checkpoint, before):
-    """Evaluate on the whole validation split; print a summary; return what metrics.json will hold.
-
-    `before` is the checkpoint as it was before this training, if there was any.
-    """
+    """Evaluate on the whole validation split; print a summary; return what metrics.json will hold."""
     tokens = checkpoint["step"] * config.grad_accum * config.batch_size * config.block_size
     val_loss = evaluate(model, val_ids, config)
     # A token may be several characters: as many as it has bytes that begin one. Special tokens are no text.
@@ -678,7 +674,7 @@ def report(model, tokenizer, train_ids, val_ids, config, checkpoint, before):
         "perplexity": math.exp(min(val_loss, 700)),  # a float holds no more
         "bits_per_char": val_loss * (len(val_ids) - 1) / n_chars / math.log(2),
     }
-    if steps := checkpoint["step"] - before["step"]:  # taken now, on this machine
+    if steps := checkpoint["step"] - before["step"]:  # since the checkpoint that this training began with
         seconds = checkpoint["seconds"] - before["seconds"]
         metrics |= hardware(model, config, tokens / checkpoint["step"] * steps / seconds)
     for name, value in metrics.items():
