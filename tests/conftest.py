@@ -71,6 +71,7 @@ def run_here(rung, *flags, cwd):
         os.chdir(back)
         plt.close("all")
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     texts = []
     for stream in (stdout, stderr):
         stream.flush()

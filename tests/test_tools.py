@@ -401,7 +401,7 @@ def test_a_race_without_nanogpt_is_refused_at_once(tmp_path, monkeypatch):
 
 # --------------------------------------- a rung of one's own ---------------------------------------
 
-OLD, NEW = "v5_gpt2", "v6_mine"
+OLD, NEW = "v6_amp_ddp", "v7_mine"
 FIELD = "    squared_relu: bool = False  # square what the ReLU lets through\n"
 CLASS = '''class SquaredReLU(nn.Module):
     """The square of max(0, x)."""
@@ -412,14 +412,14 @@ CLASS = '''class SquaredReLU(nn.Module):
 
 
 '''
-SINCE = """Since v5_gpt2.py
+SINCE = """Since v6_amp_ddp.py
   added:    SquaredReLU
   changed:  Config, TransformerBlock
   removed:  -
 """
 # README's steps: where they stand (a pattern), what is written there
 STEPS = {
-    "first line": (r'""".*', '"""v6, week 7: a squared ReLU (So et al. 2021). Does it beat the GELU?'),
+    "first line": (r'""".*', '"""v7, week 8: a squared ReLU (So et al. 2021). Does it beat the GELU?'),
     "result": (r"(?m)^Result: .*$", "Result: not measured yet."),
     "field": (r"(?m)^(?=    max_steps: int = )", FIELD),
     "class": (r"(?m)^(?=class TransformerBlock)", CLASS),
@@ -427,7 +427,7 @@ STEPS = {
         r"nn\.GELU\(approximate=\"tanh\"\),",
         'SquaredReLU() if config.squared_relu else nn.GELU(approximate="tanh"),',
     ),
-    "since": (r"Since v4_rope_alibi\.py\n(  .*\n)+", SINCE),
+    "since": (r"Since v5_gpt2\.py\n(  .*\n)+", SINCE),
 }
 
 
@@ -450,7 +450,7 @@ def new_rung(without=()):
 def test_readme_has_the_steps():
     text = re.sub(r"\n +", "\n", section())
     for name, (_, written) in STEPS.items():
-        lines = written.splitlines() if name != "since" else ["Since v5_gpt2.py"]
+        lines = written.splitlines() if name != "since" else ["Since v6_amp_ddp.py"]
         for line in lines:
             assert line.strip() in text, f"{name}: {line}"
 
@@ -468,10 +468,10 @@ def commands():
         (
             "first line",
             "test_docstring_begins_with_number_week_and_idea",
-            'Begin v6_mine.py with a line such as """v6, ',
+            'Begin v7_mine.py with a line such as """v7, ',
         ),
         ("result", "test_docstring_result_is_the_stored_one", "make that line 'Result: not measured yet.'"),
-        ("since", "test_docstring_lists_exactly_what_changed", f"of v6_mine.py these:\n\n{SINCE}"),
+        ("since", "test_docstring_lists_exactly_what_changed", f"of v7_mine.py these:\n\n{SINCE}"),
         (
             "comment",
             "test_config_fields_have_comments_and_classes_have_docstrings",
@@ -488,7 +488,7 @@ def commands():
             "test_rooms_stand_in_order",
             "keep the banners of these rooms, in this order: config, data, ",
         ),
-        ("import", "test_imports_are_allowed", "copy what you need of v5_gpt2 instead of importing it"),
+        ("import", "test_imports_are_allowed", "copy what you need of v6_amp_ddp instead of importing it"),
         ("library", "test_imports_are_allowed", "do without scipy, a rung imports the standard library and "),
         ("mark", "test_no_marks_of_what_is_new", "say what the code does, not since when"),
         ("number", "test_every_rung_has_a_number_of_its_own", "rename yours to v7_mine.py"),
@@ -503,7 +503,7 @@ def test_a_step_that_is_left_out_fails_with_what_to_do(without, test, sentence, 
         "banner": (" model -", " models -"),
         "import": ("import torch\n", f"import torch\nfrom {OLD} import main\n"),
         "library": ("import torch\n", "import torch\nimport scipy.special\n"),
-        "mark": ("  # square what", "  # new in v6: square what"),
+        "mark": ("  # square what", "  # new in v7: square what"),
     }
     old, new = changes.get(without, ("", ""))
     assert old in text

@@ -2,7 +2,7 @@
 
     python tools/reproduce.py             train what is stale or missing: the rungs with their defaults, then
                                           the experiments of every week
-    python tools/reproduce.py v0 v6_mine  train these rungs anew with their defaults, nothing else
+    python tools/reproduce.py v0 v7_mine  train these rungs anew with their defaults, nothing else
     python tools/reproduce.py --all       all that is published: as without arguments, then the experiments
                                           that take hours, the tokenizer's bench, the race (--nanogpt PATH)
     python tools/reproduce.py --tables    train nothing: rewrite text and pictures from logs/results.json
@@ -15,7 +15,7 @@ here stays as it is stored, and it says so: the race without PATH, the bench wit
 tests/bench_bpe.py), week 5's `elsewhere` without the text it is about.
 
 Written: logs/results.json, the tables and pictures of README and logs, each docstring's `Result:` line. With
-`git checkout README.md logs v0* v1* v2* v3* v4* v5*` all of this is as it was, also other edits in these.
+`git checkout README.md logs v0* v1* v2* v3* v4* v5* v6*` all of this is as it was, also other edits in these.
 """
 
 import argparse
