@@ -60,6 +60,7 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|context|>")
 # dropout inside the attention is left out, as the fused kernel for CPUs has none.
 GPT2 = dict(vocab_size=50257, position="learned", block_size=1024, init_std=0.02, dropout=0.1, batch_size=4)
 GPT2 |= dict(grad_accum=128, max_steps=20_000, warmup_steps=700, lr_floor=0.1, beta2=0.95, weight_decay=0.1)
+GPT2 |= dict(eval_interval=20)
 PRESETS = {
     "small": {},
     "gpt2": GPT2 | dict(n_layer=12, n_head=12, n_embd=768, learning_rate=0.0006),
@@ -68,7 +69,6 @@ PRESETS = {
     "gpt2-xl": GPT2 | dict(n_layer=48, n_head=25, n_embd=1600, learning_rate=0.0002),
 }
 FINE_TUNING = dict(learning_rate=0.00003, batch_size=1, grad_accum=8, max_steps=200, warmup_steps=20)
-FINE_TUNING |= dict(eval_interval=20)
 
 
 @dataclass
@@ -165,7 +165,7 @@ def new_config(mode, flags):
         if name not in (*used, "init_from", "tokenizer", "block_size"):
             sys.exit(f"error: --{mode} with --init_from does not use --{name}; leave out that flag")
         if fixed.get(name, value) != value:
-            sys.exit(f"error: --{name} {value} cannot be: the model in {published} has its own")
+            sys.exit(f"error: --{name} {value} cannot be: the model in {published} has its own; leave it out")
     return Config(**GPT2 | FINE_TUNING | {"tokenizer": published} | model | flags)
 
 
