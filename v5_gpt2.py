@@ -233,7 +233,7 @@ def new_vocab(config):
         try:
             return BPETokenizer.train(sample, config.vocab_size, SPECIAL_TOKENS, progress=True).to_dict()
         except TokenizerError as error:
-            sys.exit(f"error: no --vocab_size {config.vocab_size} from {config.data}: {error}")
+            sys.exit(f"error: {config.data} is too short, or --vocab_size {config.vocab_size} wrong: {error}")
     published = config.tokenizer == config.init_from
     return BPETokenizer.load(fetch(config.tokenizer) if published else config.tokenizer).to_dict()
 

@@ -246,7 +246,7 @@ def new_vocab(config):
         try:
             return BPETokenizer.train(sample, config.vocab_size, SPECIAL_TOKENS, progress=RANK == 0).to_dict()
         except TokenizerError as error:
-            sys.exit(f"error: no --vocab_size {config.vocab_size} from {config.data}: {error}")
+            sys.exit(f"error: {config.data} is too short, or --vocab_size {config.vocab_size} wrong: {error}")
     return BPETokenizer.load(config.tokenizer).to_dict()
 
 

@@ -282,7 +282,8 @@ def finished(process, timeout=240):
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun there needs USE_LIBUV=0")
 @pytest.mark.parametrize(("optimizer", "tolerance"), [("adamw", 1e-5), ("muon", 1e-3)])
 def test_two_processes_learn_what_one_learns(optimizer, tolerance, folder):
-    flags = tiny_flags(v6, optimizer=optimizer, precision="fp32", max_steps=50, eval_interval=1, grad_accum=2)
+    flags = dict(optimizer=optimizer, precision="fp32", learning_rate=0.004, grad_accum=2)
+    flags = tiny_flags(v6, **flags, max_steps=50, eval_interval=1)
     alone = run_rung("v6_amp_ddp", *flags, "--out_dir=one", cwd=folder)
     assert alone.returncode == 0, alone.stderr
     both = finished(torchrun(2, *flags, "--out_dir=two", cwd=folder))

@@ -510,7 +510,7 @@ def test_a_step_that_is_left_out_fails_with_what_to_do(without, test, sentence, 
     (tmp_path / f"{NEW}.py").write_text(text.replace(old, new) if old else text, encoding="utf-8")
     shutil.copy(ROOT / f"{OLD}.py", tmp_path)
     results = {"rungs": {OLD: common.load_results()["rungs"][OLD]}}
-    rungs = [OLD, NEW, "v6_other"] if without == "number" else [OLD, NEW]
+    rungs = [OLD, NEW, "v7_other"] if without == "number" else [OLD, NEW]
     monkeypatch.setattr(test_ladder, "ROOT", tmp_path)
     monkeypatch.setattr(test_ladder, "RUNGS", rungs)
     monkeypatch.setattr(test_ladder, "load_results", lambda: results)
@@ -573,7 +573,7 @@ def test_readmes_steps_make_a_rung_that_passes_and_can_be_undone(tmp_path):
     assert [row.split(" | ")[0] for row in rows] == [f"| [{NEW}.py]({NEW}.py)"]
     row = rows.pop()
     assert (
-        " | 7 | a squared ReLU | " in row
+        " | 8 | a squared ReLU | " in row
         and f" | {stored['val_loss']:.4f} | " in row
         and row.endswith(" | - |")
     )
