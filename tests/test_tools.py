@@ -491,7 +491,7 @@ def commands():
         ("import", "test_imports_are_allowed", "copy what you need of v6_amp_ddp instead of importing it"),
         ("library", "test_imports_are_allowed", "do without scipy, a rung imports the standard library and "),
         ("mark", "test_no_marks_of_what_is_new", "say what the code does, not since when"),
-        ("number", "test_every_rung_has_a_number_of_its_own", "rename yours to v7_mine.py"),
+        ("number", "test_every_rung_has_a_number_of_its_own", "rename yours to v8_mine.py"),
     ],
 )
 def test_a_step_that_is_left_out_fails_with_what_to_do(without, test, sentence, tmp_path, monkeypatch):

@@ -87,7 +87,7 @@ def speed():
     seconds = {"ours": [], "transformers": []}
     optimizers = {"ours": v5.make_optimizer(ours, config)}
     optimizers["transformers"] = torch.optim.AdamW(theirs.parameters(), lr=1e-4, fused=True)
-    for _ in range(6):
+    for _ in range(9):
         for name, optimizer in optimizers.items():
             start = time.perf_counter()
             x, y = v5.get_batch(ids, config)
