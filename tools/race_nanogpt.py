@@ -1,4 +1,4 @@
-"""Time v3 and v4 against nanoGPT's command for a machine without a GPU, in turn, on this machine.
+"""Time v3, v4 and v6 against nanoGPT's command for a machine without a GPU, in turn, on this machine.
 
     python tools/race_nanogpt.py PATH     PATH: a checkout of nanoGPT, its shakespeare_char data prepared
 
@@ -22,11 +22,14 @@ NANOGPT = """train.py config/train_shakespeare_char.py --device=cpu --compile=Fa
 --lr_decay_iters=2000 --dropout=0.0""".split()
 V3 = "v3_gpt.py --block_size 32 --max_steps 1000 --warmup_steps 50 --eval_interval 500".split()
 V4 = "v4_rope_alibi.py --block_size 32 --batch_size 32 --warmup_steps 50 --eval_interval 500".split()
+V6 = """v6_amp_ddp.py --tokenizer char --precision fp32 --n_embd 128 --block_size 32 --batch_size 32
+--warmup_steps 50 --eval_interval 500 --max_new_tokens 1""".split()
 OURS = {  # name: command; the number behind _ is that of blocks
     "v3_2": [*V3, "--n_layer=2"],
     "v3_4": [*V3, "--n_layer=4"],
     "v4_1": [*V4, "--n_layer=1", "--learning_rate=0.008", "--max_steps=850"],
     "v4_2": [*V4, "--n_layer=2", "--learning_rate=0.006", "--max_steps=700"],
+    "v6_1": [*V6, "--n_layer=1", "--max_steps=350"],
 }
 
 

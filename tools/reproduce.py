@@ -109,10 +109,26 @@ def ladder_table(results):
     return table([*header, "lines changed", "log"], rows)
 
 
+def records_table(results):
+    """The records of tools/speedrun.py as a Markdown table, the slowest first."""
+    records = sorted(results.get("speedrun", {}).items(), key=lambda record: -record[1]["share"])
+    rows = []
+    for name, m in records:
+        seconds = "{mean:.0f} ({least:.0f} to {most:.0f})".format(**m["seconds"])
+        losses = "{least:.4f} to {most:.4f}".format(**m["loss"])
+        command = f"`{' '.join([m['script'], *m['flags']])}`"
+        rows.append(
+            [name, command, f"{m['params']:,}", f"{m['steps']:,}", losses, seconds, f"{m['share']:.2f}"]
+        )
+    header = ["what is new", "command", "parameters", "steps", "nats per character", "seconds"]
+    return table([*header, "of v4's default run"], rows)
+
+
 def readme_blocks(results):
     """The blocks of README.md."""
     sample = results["rungs"]["v3_gpt"]["sample"].strip()
-    return {"ladder": ladder_table(results), "sample": f"```\n{sample[:330].rsplit(chr(10), 1)[0]}\n```"}
+    blocks = {"ladder": ladder_table(results), "records": records_table(results)}
+    return blocks | {"sample": f"```\n{sample[:330].rsplit(chr(10), 1)[0]}\n```"}
 
 
 def plot_ladder(results):

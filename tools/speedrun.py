@@ -4,10 +4,11 @@
     python tools/speedrun.py --record NAME SCRIPT [FLAG ...]   the same, kept in logs/results.json
 
 SCRIPT is a rung, or any script with a rung's command line: it takes --seed, --data and --out_dir, and leaves
-a metrics.json there. The flags are those that it needs to get there. 1.4697 is the val loss that nanoGPT's
-README gives for its character model, trained on a GPU; a model of longer tokens is compared per character.
-The time is that of whole processes, start-up included. v4's default run in between says how fast this machine
-is, so that records of different machines compare: by the share of its time. Nothing else should run then.
+a metrics.json there. The flags are those that it needs to get there. NAME says what is new in the record.
+1.4697 is the val loss that nanoGPT's README gives for its character model, trained on a GPU; a model of
+longer tokens is compared per character. The time is that of whole processes, start-up included. v4's default
+run in between says how fast this machine is, so that records of different machines compare: by the share of
+its time. Nothing else should run then.
 """
 
 import json

@@ -1,0 +1,340 @@
+"""The experiments of week 7: python tools/week_7.py [experiment ...]"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+import matplotlib.pyplot as plt
+import torch
+from common import LOGS, ROOT, machine, run, run_all, run_experiments, spread, table
+
+import v6_amp_ddp as v6
+
+FOLDER = ROOT / "runs" / "experiments"
+GB = 1e9
+
+# ------------------------------------------- by hand -------------------------------------------
+
+
+def sixteen_bits():
+    """Three numbers as each type keeps them, and the number above 1 in each."""
+    kept = {}
+    for name, dtype in v6.PRECISIONS.items():
+        numbers = {str(x): str(torch.tensor(x, dtype=dtype).item()) for x in (1.001, 100_000.0, 1e-8)}
+        info = torch.finfo(dtype)
+        limits = {"max": str(info.max), "smallest": info.smallest_normal * info.eps}
+        kept[name] = numbers | limits | {"above_1": 1 + info.eps}
+    return kept
+
+
+def muon_by_hand():
+    """The singular values of diag(3, 0.1) after each step of Muon's polynomial."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = torch.tensor([3.0, 0.1], dtype=torch.float64)
+    x, values = x / x.norm(), []
+    for _ in range(6):
+        values.append(x.tolist())
+        x = a * x + b * x**3 + c * x**5
+    return values
+
+
+# ------------------------------------- speed, memory and loss -------------------------------------
+
+SIZES = {  # what differs from the defaults, and how many steps
+    "0.8 million": (dict(n_embd=128), 100),
+    "3 million": (dict(n_embd=256), 60),
+    "124 million": (dict(preset="gpt2", batch_size=1, grad_accum=1, dropout=0.0), 4),
+}
+
+# Steps in a process of its own: prints seconds and loss of each, then the peak in bytes. The ids are those of
+# characters, so that all sizes learn from the same.
+STEPS = """
+import json, sys, time, torch, v6_amp_ddp as v6
+steps, flags = int(sys.argv[1]), json.loads(sys.argv[2])
+config = v6.Config(**v6.PRESETS.get(flags.get("preset"), {}) | flags)
+torch.manual_seed(1)
+model = v6.LanguageModel(config, config.vocab_size)
+optimizers = v6.make_optimizers(model, config)
+dtype = v6.PRECISIONS[config.precision]
+autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+text = open("input.txt", encoding="utf-8").read()
+ids = torch.tensor([ord(char) for char in text[:500_000]], dtype=torch.uint16)
+wrapped = v6.compiled(model, *v6.get_batch(ids, config), autocast) if config.compile else model
+for step in range(1, steps + 1):
+    start = time.perf_counter()
+    x, y = v6.get_batch(ids, config)
+    model.zero_grad()
+    with autocast:
+        loss = wrapped(x, y) / y.numel()
+    scaler.scale(loss).backward()
+    for optimizer in optimizers.values():
+        scaler.unscale_(optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] = v6.learning_rate_at(step, config)
+    if torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
+        for optimizer in optimizers.values():
+            optimizer.step()
+    scaler.update()
+    print(time.perf_counter() - start, loss.item())
+print(v6.peak_memory(torch.device("cpu")))
+"""
+
+
+def take_steps(steps, **flags):
+    """Train in a process of its own; return seconds and loss of each step, and the peak in bytes."""
+    args = [sys.executable, "-c", STEPS, str(steps), json.dumps(flags | {"max_steps": steps})]
+    done = subprocess.run(args, cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8", check=True)
+    *lines, peak = done.stdout.strip().split("\n")
+    seconds, losses = zip(*(map(float, line.split()) for line in lines), strict=True)
+    return {"seconds": seconds[2:] or seconds[1:], "losses": losses, "peak": int(peak)}
+
+
+def precisions():
+    """Three sizes in fp32, bf16 and fp16, in turn: tokens per second, peak memory, loss of the last steps."""
+    results = {}
+    for size, (flags, steps) in SIZES.items():
+        taken = {precision: [] for precision in v6.PRECISIONS}
+        for _ in range(2):
+            for precision, runs in taken.items():
+                flags_here = {"optimizer": "adamw", "learning_rate": 0.001} | flags | {"precision": precision}
+                runs.append(take_steps(steps, **flags_here))
+        config = v6.Config(**v6.PRESETS.get(flags.get("preset"), {}) | flags)
+        for precision, runs in taken.items():
+            seconds = statistics.median(s for run in runs for s in run["seconds"])
+            last = runs[0]["losses"][-(steps // 10 or 1) :]
+            results[f"{size} {precision}"] = {
+                "tokens_per_second": config.batch_size * config.block_size / seconds,
+                "peak": max(run["peak"] for run in runs),
+                "loss": statistics.mean(last),
+                "steps": steps,
+            }
+            print(f"  {size} {precision}: {results[f'{size} {precision}']}", flush=True)
+    device = torch.device("cpu")
+    peaks = {name: v6.matmul_flops(device, dtype) for name, dtype in v6.PRECISIONS.items()}
+    return results | {"matmul_flops": peaks, "machine": machine()}
+
+
+# ------------------------------------------- processes -------------------------------------------
+
+# The rung as from the command line; every loss that its processes agree on is kept in losses.json.
+RECORD = """
+import json, os, sys, v6_amp_ddp as v6
+out, total, losses = sys.argv.pop(), v6.total, []
+def recorded(x):
+    result = total(x)
+    if isinstance(x, float):
+        losses.append(result)
+    return result
+v6.total = recorded
+v6.main()
+if not v6.RANK:
+    open(out, "w").write(json.dumps(losses))
+"""
+
+
+def processes():
+    """50 steps in one process of two threads and in two of one: seconds, and how far each loss is apart."""
+    folder = FOLDER / "processes"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "record.py").write_text(RECORD, encoding="utf-8")
+    results = {}
+    for name, optimizer, precision in (
+        ("AdamW, fp32", "adamw", "fp32"),
+        ("Muon, fp32", "muon", "fp32"),
+        ("Muon, bf16", "muon", "bf16"),
+    ):
+        flags = dict(optimizer=optimizer, precision=precision, max_steps=50, eval_interval=50, grad_accum=2)
+        flags |= dict(learning_rate=0.004 if optimizer == "adamw" else 0.02, data=ROOT / "input.txt")
+        flags = [f"--{key}={value}" for key, value in flags.items()] + ["--max_new_tokens=1"]
+        losses, seconds = {1: [], 2: []}, {1: [], 2: []}
+        for n in (1, 2) * 3:
+            start = [sys.executable] if n == 1 else ["torchrun", f"--nproc_per_node={n}"]
+            args = [*start, folder / "record.py", *flags, f"--out_dir={folder / str(n)}", folder / "l.json"]
+            environment = os.environ | {"OMP_NUM_THREADS": str(2 // n), "PYTHONPATH": str(ROOT)}
+            subprocess.run(args, cwd=ROOT, env=environment, capture_output=True, check=True)
+            losses[n] = json.loads((folder / "l.json").read_text(encoding="utf-8"))[:50]
+            metrics = json.loads((folder / str(n) / "metrics.json").read_text(encoding="utf-8"))
+            seconds[n].append(metrics["seconds"])
+        apart = max(abs(a / b - 1) for a, b in zip(losses[1], losses[2], strict=True))
+        results[name] = {"one": spread(seconds[1]), "two": spread(seconds[2]), "apart": apart}
+        results[name]["losses"] = [losses[1][0], losses[1][-1]]
+        print(f"  {name}: {results[name]}", flush=True)
+    return results | {"machine": machine()}
+
+
+# ---------------------------------------- what each line brings ----------------------------------------
+
+ADAMW = dict(optimizer="adamw", learning_rate=0.006, weight_decay=1.0)  # as in v5
+GAINS = {  # one after the other, each with what stands above it
+    "AdamW, fp32": ADAMW | dict(precision="fp32"),
+    "bf16": ADAMW | dict(precision="bf16"),
+    "Muon": dict(precision="bf16"),
+    "torch.compile": dict(precision="bf16", compile=True),
+}
+
+
+def gains():
+    """The default run, whole, from v5's way of training to v6's with torch.compile, with all cores."""
+    results = {}
+    for name, flags in GAINS.items():
+        metrics = run("v6_amp_ddp", f"gains_{name.replace(', ', '_')}", **flags)
+        keys = (
+            "seconds",
+            "tokens_per_second",
+            "val_loss",
+            "bits_per_char",
+            "peak_memory",
+            "machine",
+            "history",
+        )
+        results[name] = {key: metrics[key] for key in keys}
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, result in results.items():
+        per_char = result["bits_per_char"] / result["val_loss"]
+        seconds = [point["seconds"] for point in result["history"]]
+        ax.plot(seconds, [per_char * point["val_loss"] for point in result["history"]], ".-", label=name)
+    ax.set(xlabel=f"training time on {result['machine']} (seconds)", ylabel="val loss (bits per character)")
+    ax.grid(alpha=0.3)
+    ax.legend()
+    fig.savefig(LOGS / "week_7_gains.png", dpi=90)
+    return results
+
+
+# ------------------------------------------- the recipe -------------------------------------------
+
+
+class SquaredReLU(torch.nn.Module):
+    """The square of max(0, x), So et al. 2021."""
+
+    def forward(self, x):
+        """Any shape to the same shape."""
+        return torch.relu(x).square()
+
+
+class WithSquaredReLU(v6.TransformerBlock):
+    """v6's block with a squared ReLU in its MLP."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.mlp[1] = SquaredReLU()
+
+
+class ZeroInitialised(v6.LanguageModel):
+    """The last matrices of attention and MLP begin as zeros: each block begins as the identity."""
+
+    def __init__(self, config, vocab_size):
+        super().__init__(config, vocab_size)
+        for block in self.blocks:
+            for last in (block.attention.proj, block.mlp[2]):
+                torch.nn.init.zeros_(last.weight)
+
+
+def linear_decay(step, config):
+    """Constant, then linear to zero over the last 60% of the steps, without warm-up."""
+    return config.learning_rate * min(1, (config.max_steps - step + 1) / (0.6 * config.max_steps))
+
+
+TRIALS = {  # stand-ins, and flags besides those of all
+    "default": ({}, {}),
+    "AdamW": ({}, ADAMW),
+    "squared ReLU": ({"TransformerBlock": WithSquaredReLU}, {}),
+    "zero-initialised projections": ({"LanguageModel": ZeroInitialised}, {}),
+    "constant, then linear step size": ({"learning_rate_at": linear_decay}, {}),
+    "weight decay 0.1": ({}, dict(weight_decay=0.1)),
+    "weight decay 1": ({}, dict(weight_decay=1.0)),
+    "learning rate 0.01": ({}, dict(learning_rate=0.01)),
+    "learning rate 0.04": ({}, dict(learning_rate=0.04)),
+}
+
+
+def recipe():
+    """What else was tried: half of a default run, three seeds each, one thread each."""
+    jobs = {}
+    for name, (replace, flags) in TRIALS.items():
+        for seed in (1337, 1, 2):
+            flags_here = {"max_steps": 400, "precision": "bf16", "seed": seed} | flags
+            jobs[f"recipe_{name.replace(' ', '_')}_{seed}"] = ("v6_amp_ddp", replace, flags_here)
+    metrics = run_all(jobs)
+    return {
+        name: spread(
+            metrics[f"recipe_{name.replace(' ', '_')}_{seed}"]["bits_per_char"] for seed in (1337, 1, 2)
+        )
+        for name in TRIALS
+    }
+
+
+# -------------------------------------------------- log --------------------------------------------------
+
+
+def tables(results):
+    """The blocks of logs/week_7.md."""
+    week, rungs = results["week_7"], results["rungs"]
+    sizes = [
+        [
+            *name.rsplit(" ", 1),
+            f"{m['tokens_per_second']:,.0f}",
+            f"{m['peak'] / GB:.2f} GB",
+            f"{m['loss']:.4f}",
+        ]
+        for name, m in week["precisions"].items()
+        if name not in ("machine", "matmul_flops")
+    ]
+    order = {name: i for i, name in enumerate(SIZES)}
+    sizes.sort(key=lambda row: (order[row[0]], list(v6.PRECISIONS).index(row[1])))
+    shared = [
+        [
+            name,
+            *(f"{m[n]['mean']:.1f} ({m[n]['least']:.1f} to {m[n]['most']:.1f})" for n in ("one", "two")),
+            f"{m['apart']:.0e}",
+        ]
+        for name, m in week["processes"].items()
+        if name != "machine"
+    ]
+    gained = [
+        [
+            name,
+            f"{week['gains'][name]['tokens_per_second']:,.0f}",
+            f"{week['gains'][name]['seconds']:.0f}",
+            f"{week['gains'][name]['bits_per_char']:.4f}",
+            f"{week['gains'][name]['peak_memory'] / GB:.2f} GB",
+        ]
+        for name in GAINS
+    ]
+    tried = [
+        [name, f"{m['mean']:.4f}", f"{m['least']:.4f} to {m['most']:.4f}"]
+        for name, m in sorted(week["recipe"].items(), key=lambda item: item[1]["mean"])
+    ]
+    columns = ("1.001", "100000.0", "1e-08", "above_1", "max")
+    kept = [[name, *(f"{float(x[key]):,.6g}" for key in columns)] for name, x in week["sixteen_bits"].items()]
+    steps = [
+        [i, *(f"{s:.3f}" for s in values), f"{values[0] / values[1]:.1f}"]
+        for i, values in enumerate(week["muon_by_hand"])
+    ]
+    blocks = {
+        "sixteen": table(["kept as", "1.001", "100,000", "0.00000001", "next after 1", "largest"], kept),
+        "muon": table(["after", "strong direction", "weak direction", "ratio"], steps),
+        "precisions": table(["parameters", "precision", "tokens/s", "peak", "loss at the end"], sizes),
+        "processes": table(
+            ["training", "one process of two threads, s", "two of one thread, s", "losses apart by"], shared
+        ),
+        "gains": table(["each with those above", "tokens/s", "seconds", "bits/char", "peak"], gained),
+        "recipe": table(["what is changed", "bits/char, mean", "three seeds"], tried),
+        "sample": f"```\n{rungs['v6_amp_ddp']['sample'].strip()}\n```",
+    }
+    return {"week_7": blocks}
+
+
+EXPERIMENTS = {
+    "sixteen_bits": sixteen_bits,
+    "muon_by_hand": muon_by_hand,
+    "precisions": precisions,
+    "processes": processes,
+    "gains": gains,
+    "recipe": recipe,
+}
+
+if __name__ == "__main__":
+    run_experiments(7, EXPERIMENTS, tables)
