@@ -3,11 +3,13 @@
     python tools/race_nanogpt.py PATH     PATH: a checkout of nanoGPT, its shakespeare_char data prepared
 
 Times are those of whole processes, each the mean of two; a percentage is the share of nanoGPT's time.
-nanoGPT's val loss is its own last estimate, ours that of the whole split. All goes to the section "race" of
-logs/results.json, with the machine's name. It takes some minutes; nothing else should run meanwhile.
+nanoGPT's val loss is its own last estimate, ours that of the whole split, in nats per character. All goes to
+the section "race" of logs/results.json, with the machine's name. It takes some minutes; nothing else should
+run meanwhile.
 """
 
 import json
+import math
 import re
 import statistics
 import subprocess
@@ -22,14 +24,15 @@ NANOGPT = """train.py config/train_shakespeare_char.py --device=cpu --compile=Fa
 --lr_decay_iters=2000 --dropout=0.0""".split()
 V3 = "v3_gpt.py --block_size 32 --max_steps 1000 --warmup_steps 50 --eval_interval 500".split()
 V4 = "v4_rope_alibi.py --block_size 32 --batch_size 32 --warmup_steps 50 --eval_interval 500".split()
-V6 = """v6_amp_ddp.py --tokenizer char --precision fp32 --n_embd 128 --block_size 32 --batch_size 32
---warmup_steps 50 --eval_interval 500 --max_new_tokens 1""".split()
-OURS = {  # name: command; the number behind _ is that of blocks
+V6 = """v6_amp_ddp.py --precision fp32 --n_layer 1 --block_size 32 --batch_size 32 --init_std 0.04
+--warmup_steps 10 --eval_interval 500 --max_new_tokens 1""".split()
+OURS = {  # name: command; the number behind _ is that of blocks, v6_bpe has one
     "v3_2": [*V3, "--n_layer=2"],
     "v3_4": [*V3, "--n_layer=4"],
     "v4_1": [*V4, "--n_layer=1", "--learning_rate=0.008", "--max_steps=850"],
     "v4_2": [*V4, "--n_layer=2", "--learning_rate=0.006", "--max_steps=700"],
-    "v6_1": [*V6, "--n_layer=1", "--max_steps=350"],
+    "v6_1": [*V6, "--tokenizer=char", "--n_embd=96", "--max_steps=470"],
+    "v6_bpe": [*V6, "--vocab_size=512", "--n_embd=128", "--learning_rate=0.03", "--max_steps=150"],
 }
 
 
@@ -65,7 +68,8 @@ def main():
         for name, args in OURS.items():
             ours, _ = timed([*args, "--out_dir=runs/race"], ROOT)
             metrics = json.loads((ROOT / "runs/race/metrics.json").read_text(encoding="utf-8"))
-            row = {"seconds": ours, "percent": 100 * ours / seconds, "val_loss": metrics["val_loss"]}
+            val_loss = metrics["bits_per_char"] * math.log(2)
+            row = {"seconds": ours, "percent": 100 * ours / seconds, "val_loss": val_loss}
             rounds[name].append(row | {"training_seconds": metrics["seconds"], "params": metrics["params"]})
             print(f"{name}: {ours:.1f} s, {row['percent']:.0f}%, val loss {row['val_loss']:.4f}", flush=True)
     for name, rows in rounds.items():
