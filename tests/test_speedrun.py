@@ -6,6 +6,7 @@ import sys
 
 import common
 import pytest
+import reproduce
 import speedrun
 
 SCRIPT = """
@@ -68,3 +69,15 @@ def test_a_script_that_fails_is_named_with_its_last_words(script, monkeypatch):
         race(monkeypatch, "nowhere.py")
     with pytest.raises(SystemExit, match="name a script"):
         race(monkeypatch)
+
+
+def test_the_table_of_records_begins_with_the_slowest():
+    def record(share):
+        seconds, loss = {"mean": 61.4, "least": 60, "most": 62.7}, {"least": 1.4, "most": 1.4698}
+        run = {"script": "mine.py", "flags": ["--a=1", "--b"], "params": 1200, "steps": 3000}
+        return run | {"seconds": seconds, "loss": loss, "share": share}
+
+    rows = reproduce.records_table({"speedrun": {"new": record(0.24), "old": record(2.5)}}).split("\n")[2:]
+    assert rows[0].startswith("| old |") and rows[0].endswith("| 2.50 |")
+    expected = "| new | `mine.py --a=1 --b` | 1,200 | 3,000 | 1.4000 to 1.4698 | 61 (60 to 63) | 0.24 |"
+    assert rows[1] == expected and len(rows) == 2

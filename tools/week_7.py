@@ -1,6 +1,7 @@
 """The experiments of week 7: python tools/week_7.py [experiment ...]"""
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import matplotlib.pyplot as plt
 import torch
 from common import LOGS, ROOT, machine, run, run_all, run_experiments, spread, table
+from week_4 import race_table
 
 import v6_amp_ddp as v6
 
@@ -42,10 +44,10 @@ def muon_by_hand():
 
 # ------------------------------------- speed, memory and loss -------------------------------------
 
-SIZES = {  # what differs from the defaults, and how many steps
-    "0.8 million": (dict(n_embd=128), 100),
-    "3 million": (dict(n_embd=256), 60),
-    "124 million": (dict(preset="gpt2", batch_size=1, grad_accum=1, dropout=0.0), 4),
+SIZES = {  # what differs from the defaults; steps, and steps in fp16, which this CPU only emulates
+    "0.8 million": (dict(n_embd=128), 100, 20),
+    "3 million": (dict(n_embd=256), 60, 6),
+    "124 million": (dict(preset="gpt2", batch_size=1, grad_accum=1, dropout=0.0), 6, 2),
 }
 
 # Steps in a process of its own: prints seconds and loss of each, then the peak in bytes. The ids are those of
@@ -85,7 +87,7 @@ print(v6.peak_memory(torch.device("cpu")))
 
 def take_steps(steps, **flags):
     """Train in a process of its own; return seconds and loss of each step, and the peak in bytes."""
-    args = [sys.executable, "-c", STEPS, str(steps), json.dumps(flags | {"max_steps": steps})]
+    args = [sys.executable, "-c", STEPS, str(steps), json.dumps(flags)]
     done = subprocess.run(args, cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8", check=True)
     *lines, peak = done.stdout.strip().split("\n")
     seconds, losses = zip(*(map(float, line.split()) for line in lines), strict=True)
@@ -93,23 +95,23 @@ def take_steps(steps, **flags):
 
 
 def precisions():
-    """Three sizes in fp32, bf16 and fp16, in turn: tokens per second, peak memory, loss of the last steps."""
+    """Three sizes in fp32, bf16 and fp16, in turn: tokens per second, peak memory, loss after equal steps."""
     results = {}
-    for size, (flags, steps) in SIZES.items():
+    for size, (flags, steps, steps_fp16) in SIZES.items():
         taken = {precision: [] for precision in v6.PRECISIONS}
-        for _ in range(2):
-            for precision, runs in taken.items():
-                flags_here = {"optimizer": "adamw", "learning_rate": 0.001} | flags | {"precision": precision}
-                runs.append(take_steps(steps, **flags_here))
+        for precision in ("fp32", "bf16", "fp16", "fp32", "bf16"):
+            flags_here = dict(optimizer="adamw", learning_rate=0.001) | flags | {"precision": precision}
+            n = steps_fp16 if precision == "fp16" else steps
+            taken[precision].append(take_steps(n, **flags_here, max_steps=steps, warmup_steps=2))
         config = v6.Config(**v6.PRESETS.get(flags.get("preset"), {}) | flags)
         for precision, runs in taken.items():
             seconds = statistics.median(s for run in runs for s in run["seconds"])
-            last = runs[0]["losses"][-(steps // 10 or 1) :]
+            losses = runs[0]["losses"]
             results[f"{size} {precision}"] = {
                 "tokens_per_second": config.batch_size * config.block_size / seconds,
                 "peak": max(run["peak"] for run in runs),
-                "loss": statistics.mean(last),
-                "steps": steps,
+                "early": losses[steps_fp16 - 1],
+                "late": losses[steps - 1] if len(losses) >= steps else None,
             }
             print(f"  {size} {precision}: {results[f'{size} {precision}']}", flush=True)
     device = torch.device("cpu")
@@ -203,6 +205,33 @@ def gains():
     return results
 
 
+# ------------------------------------------- longer runs -------------------------------------------
+
+LONGER = {
+    "192 wide, dropout 0.1": dict(dropout=0.1, max_steps=2000, eval_interval=400),
+    "256 wide, dropout 0.2": dict(n_embd=256, dropout=0.2, max_steps=4000, eval_interval=400),
+}
+
+
+def characters():
+    """v4's default run, then v6 on characters for about as long, with all cores."""
+    keys = ("params", "steps", "seconds", "train_loss", "val_loss", "machine", "history")
+    jobs = {"v4": ("v4_rope_alibi", {}), "v6": ("v6_amp_ddp", dict(tokenizer="char", max_steps=1400))}
+    runs = {name: run(rung, f"characters_{name}", **flags) for name, (rung, flags) in jobs.items()}
+    return {name: {key: metrics[key] for key in keys} for name, metrics in runs.items()}
+
+
+def longer():
+    """Two longer runs on tokens with all cores; their losses per character in nats, as nanoGPT gives them."""
+    results = {}
+    for name, flags in LONGER.items():
+        metrics = run("v6_amp_ddp", f"longer_{flags['max_steps']}", **flags)
+        keys = ("params", "steps", "seconds", "train_loss", "val_loss", "bits_per_char", "history", "machine")
+        results[name] = {key: metrics[key] for key in keys}
+        results[name]["nats_per_char"] = metrics["bits_per_char"] * math.log(2)
+    return results
+
+
 # ------------------------------------------- the recipe -------------------------------------------
 
 
@@ -277,7 +306,8 @@ def tables(results):
             *name.rsplit(" ", 1),
             f"{m['tokens_per_second']:,.0f}",
             f"{m['peak'] / GB:.2f} GB",
-            f"{m['loss']:.4f}",
+            f"{m['early']:.4f}",
+            f"{m['late']:.4f}" if m["late"] else "-",
         ]
         for name, m in week["precisions"].items()
         if name not in ("machine", "matmul_flops")
@@ -303,6 +333,11 @@ def tables(results):
         ]
         for name in GAINS
     ]
+    long = [
+        [name, f"{m['params']:,}", f"{m['steps']:,}", f"{m['seconds']:.0f}"]
+        + [f"{m[key]:.4f}" for key in ("bits_per_char", "nats_per_char")]
+        for name, m in week["longer"].items()
+    ]
     tried = [
         [name, f"{m['mean']:.4f}", f"{m['least']:.4f} to {m['most']:.4f}"]
         for name, m in sorted(week["recipe"].items(), key=lambda item: item[1]["mean"])
@@ -316,11 +351,15 @@ def tables(results):
     blocks = {
         "sixteen": table(["kept as", "1.001", "100,000", "0.00000001", "next after 1", "largest"], kept),
         "muon": table(["after", "strong direction", "weak direction", "ratio"], steps),
-        "precisions": table(["parameters", "precision", "tokens/s", "peak", "loss at the end"], sizes),
+        "precisions": table(["parameters", "precision", "tokens/s", "peak", "loss, early", "late"], sizes),
         "processes": table(
             ["training", "one process of two threads, s", "two of one thread, s", "losses apart by"], shared
         ),
         "gains": table(["each with those above", "tokens/s", "seconds", "bits/char", "peak"], gained),
+        "longer": table(
+            ["training", "parameters", "steps", "seconds", "bits/char", "nats per character"], long
+        ),
+        "race": race_table(results, ["v6_1", "v6_bpe"]),
         "recipe": table(["what is changed", "bits/char, mean", "three seeds"], tried),
         "sample": f"```\n{rungs['v6_amp_ddp']['sample'].strip()}\n```",
     }
@@ -333,6 +372,8 @@ EXPERIMENTS = {
     "precisions": precisions,
     "processes": processes,
     "gains": gains,
+    "characters": characters,
+    "longer": longer,
     "recipe": recipe,
 }
 
