@@ -2,11 +2,10 @@
 
 Matrix products take 16-bit numbers (--precision, Micikevicius et al. 2018), while weights and losses keep 32.
 Muon (Jordan et al. 2024) makes an update equally large in all directions of a matrix. --compile fuses
-operations. Under torchrun several processes share each batch and exchange their gradients: the losses are
-those of one process.
+operations. Under torchrun several processes share each batch, exchange gradients, and learn as one.
 
 Since v5_gpt2.py
-  added:    LOCAL_RANK, PRECISIONS, PROCESSES, RANK, compiled, join_processes, make_optimizers,
+  added:    LOCAL_RANK, PRECISIONS, WORLD_SIZE, RANK, compiled, join_processes, make_optimizers,
             pick_precision, total
   changed:  Config, GPT2, LanguageModel, TRAINING, evaluate, hardware, load_checkpoint, load_splits, main,
             matmul_flops, new_vocab, report, train
@@ -52,8 +51,9 @@ from bpe_tokenizer import BPETokenizer, TokenizerError, encode_data, read_data
 # --------------------------------------------- config ---------------------------------------------
 
 NAME = Path(__file__).stem
-RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # set by torchrun
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes torchrun has started
+RANK = int(os.environ.get("RANK", 0))  # the number of this one among all
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # and among those of this machine
 SAMPLING = ("device", "seed", "greedy", "temperature", "top_k", "top_p", "prompt", "max_new_tokens")
 TRAINING = ("max_steps", "learning_rate", "warmup_steps", "lr_floor", "grad_clip", "eval_interval")
 TRAINING += ("dropout", "beta2", "weight_decay", "gradient_checkpointing", "precision", "compile")
@@ -137,8 +137,8 @@ class Config:
         for name, known in (choices | {"precision": ("auto", *PRECISIONS)}).items():
             if getattr(self, name) not in known:
                 sys.exit(f"error: no --{name} {getattr(self, name)}, choose from: {', '.join(known)}")
-        if self.batch_size % PROCESSES:
-            sys.exit(f"error: --batch_size {self.batch_size} cannot be shared by {PROCESSES} processes alike")
+        if self.batch_size % WORLD_SIZE:
+            sys.exit(f"error: --batch_size {self.batch_size} cannot be shared by {WORLD_SIZE} processes")
         if self.position == "rope" and self.n_embd // self.n_head % 2:
             sys.exit(f"error: --n_embd {self.n_embd} must give every head an even number, RoPE turns pairs")
 
@@ -189,7 +189,7 @@ def pick_precision(name, device):
 
 def join_processes(device):
     """Meet the other processes that torchrun has started, if it has; on CUDA each takes a GPU."""
-    if PROCESSES > 1:
+    if WORLD_SIZE > 1:
         if device == "mps" or (device == "cuda" and LOCAL_RANK >= torch.cuda.device_count()):
             sys.exit(f"error: --device {device} has no place for so many processes; --device cpu has")
         if device == "cuda":
@@ -199,9 +199,10 @@ def join_processes(device):
 
 def total(x):
     """The sum of a number over all processes, on each of them."""
-    if PROCESSES == 1:
+    if WORLD_SIZE == 1:
         return x
-    dist.all_reduce(x := torch.tensor(x, dtype=torch.float64))
+    x = torch.tensor(x, dtype=torch.float64)
+    dist.all_reduce(x)
     return x.item()
 
 
@@ -252,10 +253,10 @@ def new_vocab(config):
 
 def load_splits(config, vocab):
     """Return the ids (N,) to train on and those for validation, in files that are mapped, not read."""
-    if LOCAL_RANK:
-        total(0)  # waits until the first process of this machine has encoded the text
+    if RANK:
+        total(0)  # waits until the first process has encoded the text
     folder, splits = encode_data(config.data, make_tokenizer, vocab), []
-    if not LOCAL_RANK:
+    if not RANK:
         total(0)
     for name in ("train", "val"):
         path = folder / f"{name}.bin"
@@ -412,7 +413,7 @@ def evaluate(model, ids, config, max_tokens=None):
     With `max_tokens`, over evenly spread windows of about that many tokens: fixed, and cheap to repeat.
     """
     stride = max(1, len(ids) // max_tokens) if max_tokens else 1
-    starts = torch.arange(0, len(ids) - 1, stride * config.block_size)[RANK::PROCESSES]
+    starts = torch.arange(0, len(ids) - 1, stride * config.block_size)[RANK::WORLD_SIZE]
     model.eval()
     loss, n = 0.0, 0
     for first in starts.split(config.batch_size):
@@ -485,7 +486,7 @@ def make_optimizers(model, config):
     """AdamW (Loshchilov and Hutter 2019) and, for the matrices of the blocks, Muon (Jordan et al. 2024).
 
     AdamW decays matrices, not biases and norms. Muon's steps are scaled to the size that AdamW's have (Liu et
-    al. 2025), so that both take the same learning rate and weight decay.
+    al. 2025), so that both take the same learning rate and weight decay. Its directions are computed in bf16.
     """
     hidden, matrices, vectors = [], [], []
     for name, p in model.named_parameters():
@@ -528,9 +529,8 @@ def train(model, train_ids, val_ids, config, checkpoint):
     checkpoint["model"] holds the weights of the lowest val loss, checkpoint["last"] those to go on from.
     """
     device = next(model.parameters()).device
-    dtype = PRECISIONS[config.precision]
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    autocast = torch.autocast(device.type, PRECISIONS[config.precision], enabled=config.precision != "fp32")
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     optimizers = make_optimizers(model, config)
     if "last" in checkpoint:
         load_weights(model, checkpoint["last"])
@@ -540,30 +540,28 @@ def train(model, train_ids, val_ids, config, checkpoint):
         if scaler.is_enabled() and checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
     start = time.perf_counter() - checkpoint["seconds"]
-    wrapped = model
-    if config.compile:
-        wrapped = compiled(model, *(ids[RANK::PROCESSES] for ids in get_batch(train_ids, config)), autocast)
-    if PROCESSES > 1:
-        wrapped = DistributedDataParallel(wrapped)
+    steps = range(checkpoint["step"] + 1, config.max_steps + 1)
+    plain = wrapped = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
+    if config.compile and steps:
+        wrapped = compiled(plain, *(ids[RANK::WORLD_SIZE] for ids in get_batch(train_ids, config)), autocast)
+        config.compile = wrapped is not plain
     stop, signals = [], (signal.SIGINT, signal.SIGTERM)  # these leave a note, to be read between two steps
     handlers = {number: signal.signal(number, lambda *_: stop.append(1)) for number in signals}
-    steps = range(checkpoint["step"] + 1, config.max_steps + 1)
     options = dict(initial=checkpoint["step"], total=config.max_steps, unit="step", disable=RANK > 0)
     for step in (bar := tqdm(steps, **options)):
         torch.manual_seed(1_000_000 * config.seed + step)  # a resumed run draws what it would have drawn
         batches = [get_batch(train_ids, config) for _ in range(config.grad_accum)]
-        torch.manual_seed((1_000_000 * config.seed + step) * PROCESSES + RANK)  # each its own dropout
+        torch.manual_seed((1_000_000 * config.seed + step) * WORLD_SIZE + RANK)  # each its own dropout
         model.zero_grad()
         loss = 0.0
         for i, (x, y) in enumerate(batches, start=1):
-            # Processes exchange gradients in the last backward pass of a step, not before.
-            more_to_come = PROCESSES > 1 and i < config.grad_accum
-            with wrapped.no_sync() if more_to_come else nullcontext():
+            share_later = WORLD_SIZE > 1 and i < config.grad_accum  # the last backward pass shares gradients
+            with wrapped.no_sync() if share_later else nullcontext():
                 with autocast:
-                    part = wrapped(x[RANK::PROCESSES], y[RANK::PROCESSES])
+                    part = wrapped(x[RANK::WORLD_SIZE], y[RANK::WORLD_SIZE])
                 part = part / (config.grad_accum * y.numel())  # the mean over all that is added up
-                # The mean over processes that DistributedDataParallel takes, times PROCESSES, is a sum.
-                scaler.scale(PROCESSES * part).backward()
+                # The mean over processes that DistributedDataParallel takes, times WORLD_SIZE, is a sum.
+                scaler.scale(WORLD_SIZE * part).backward()
             loss += part.detach()
         for optimizer in optimizers.values():
             scaler.unscale_(optimizer)
@@ -584,8 +582,9 @@ def train(model, train_ids, val_ids, config, checkpoint):
             loss = total(loss.item())
             status = f"loss {loss:.4f}, {step * config.grad_accum * x.numel() / seconds:,.0f} tokens/s"
             bar.set_postfix_str(status, refresh=False)
-            fits = scaler.get_scale() > 1e-6 if scaler.is_enabled() else math.isfinite(norm)
-            if not math.isfinite(loss) or not fits:
+            # fp16 skips single overflows; if the scale falls to nothing, none would help
+            hopeless = scaler.get_scale() < 1e-6 if scaler.is_enabled() else not norm.isfinite()
+            if hopeless or not math.isfinite(loss):
                 sys.exit(f"\nerror: the loss is not finite at step {step}; try a lower --learning_rate")
         if evaluate_now:
             train_loss = evaluate(model, train_ids, config, config.eval_tokens)
@@ -633,7 +632,8 @@ def peak_memory(device):
 
 def matmul_flops(device, dtype):
     """Floating-point operations per second in a product of two large matrices, the best of five."""
-    n, speeds = 8192 if device.type == "cuda" else 512 if dtype == torch.float16 else 2048, []
+    n = 8192 if device.type == "cuda" else 512 if dtype == torch.float16 else 2048  # CPUs emulate fp16
+    speeds = []
     a = torch.randn(n, n, device=device, dtype=dtype)
     for _ in range(5):
         start = time.perf_counter()
@@ -651,7 +651,7 @@ def hardware(model, config, speed):
     device, L, C, T = next(model.parameters()).device, config.n_layer, config.n_embd, config.block_size
     flops = speed * (6 * (12 * L * C**2 + config.vocab_size * C) + 12 * L * C * T)
     measured = {"peak_memory": peak_memory(device), "flops_per_second": flops}
-    peak = PROCESSES * matmul_flops(device, PRECISIONS[config.precision])
+    peak = WORLD_SIZE * matmul_flops(device, PRECISIONS[config.precision])
     return measured | {"share_of_matmul": flops / peak}
 
 
@@ -686,7 +686,7 @@ def report(model, tokenizer, train_ids, val_ids, config, checkpoint, before):
         print(f"note: knowing nothing gives {nothing:.4f}; is the text too small, the step size too large?\n")
     metrics |= {"version": NAME, "tokens": tokens, "config": asdict(config), "torch": torch.__version__}
     metrics |= {"device": model.token_embedding.weight.device.type, "threads": torch.get_num_threads()}
-    metrics |= {"precision": config.precision, "skipped": checkpoint["skipped"], "processes": PROCESSES}
+    metrics |= {"precision": config.precision, "skipped": checkpoint["skipped"], "processes": WORLD_SIZE}
     return metrics | {"steps": checkpoint["step"], "history": checkpoint["history"]}
 
 
@@ -785,7 +785,7 @@ def main():
         print(sample)
     if training and not RANK:
         save_report(metrics, sample, config)
-    if PROCESSES > 1:
+    if WORLD_SIZE > 1:
         dist.destroy_process_group()
 
 

@@ -13,8 +13,10 @@ its time. Nothing else should run then.
 
 import json
 import math
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,19 +29,20 @@ YARDSTICK = "v4_rope_alibi.py"
 
 def timed(script, flags, seed, folder):
     """Run a script; return its wall time in seconds, its loss in nats per character, and its metrics."""
-    args = [
-        sys.executable,
-        str(script),
-        f"--seed={seed}",
-        f"--out_dir={folder}",
-        f"--data={ROOT / 'input.txt'}",
-    ]
-    start = time.perf_counter()
-    done = subprocess.run([*args, *flags], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    ours = [f"--seed={seed}", f"--out_dir={folder}", f"--data={ROOT / 'input.txt'}"]  # last: these hold
+    args = [sys.executable, str(script), *flags, *ours]
+    (folder / "metrics.json").unlink(missing_ok=True)  # of the seed before
+    with tempfile.TemporaryDirectory() as empty:  # nothing that was compiled before is found there
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": empty}
+        options = dict(cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        start = time.perf_counter()
+        done = subprocess.run(args, **options)
     seconds = time.perf_counter() - start
     if done.returncode:
         last = done.stderr.decode(errors="replace").strip().split("\n")[-1]
         sys.exit(f"error: {script} with seed {seed} failed: {last}")
+    if not (folder / "metrics.json").exists():
+        sys.exit(f"error: {script} with seed {seed} left no metrics.json in its --out_dir")
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     return seconds, metrics["bits_per_char"] * math.log(2), metrics
 

@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 
 import matplotlib.pyplot as plt
 import torch
@@ -26,8 +28,7 @@ def sixteen_bits():
     for name, dtype in v6.PRECISIONS.items():
         numbers = {str(x): str(torch.tensor(x, dtype=dtype).item()) for x in (1.001, 100_000.0, 1e-8)}
         info = torch.finfo(dtype)
-        limits = {"max": str(info.max), "smallest": info.smallest_normal * info.eps}
-        kept[name] = numbers | limits | {"above_1": 1 + info.eps}
+        kept[name] = numbers | {"max": str(info.max), "above_1": str(1 + info.eps)}
     return kept
 
 
@@ -45,13 +46,13 @@ def muon_by_hand():
 # ------------------------------------- speed, memory and loss -------------------------------------
 
 SIZES = {  # what differs from the defaults; steps, and steps in fp16, which this CPU only emulates
-    "0.8 million": (dict(n_embd=128), 100, 20),
+    "0.9 million": (dict(n_embd=128), 100, 20),
     "3 million": (dict(n_embd=256), 60, 6),
     "124 million": (dict(preset="gpt2", batch_size=1, grad_accum=1, dropout=0.0), 6, 2),
 }
 
-# Steps in a process of its own: prints seconds and loss of each, then the peak in bytes. The ids are those of
-# characters, so that all sizes learn from the same.
+# Steps in a process of its own: prints the seconds that compiling took, seconds and loss of each step, the
+# peak in bytes. The ids are those of characters, so that all sizes learn from the same.
 STEPS = """
 import json, sys, time, torch, v6_amp_ddp as v6
 steps, flags = int(sys.argv[1]), json.loads(sys.argv[2])
@@ -64,7 +65,9 @@ autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
 scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
 text = open("input.txt", encoding="utf-8").read()
 ids = torch.tensor([ord(char) for char in text[:500_000]], dtype=torch.uint16)
+start = time.perf_counter()
 wrapped = v6.compiled(model, *v6.get_batch(ids, config), autocast) if config.compile else model
+print(time.perf_counter() - start)
 for step in range(1, steps + 1):
     start = time.perf_counter()
     x, y = v6.get_batch(ids, config)
@@ -88,10 +91,13 @@ print(v6.peak_memory(torch.device("cpu")))
 def take_steps(steps, **flags):
     """Train in a process of its own; return seconds and loss of each step, and the peak in bytes."""
     args = [sys.executable, "-c", STEPS, str(steps), json.dumps(flags)]
-    done = subprocess.run(args, cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8", check=True)
-    *lines, peak = done.stdout.strip().split("\n")
+    with tempfile.TemporaryDirectory() as empty:  # nothing that was compiled before is found there
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": empty}
+        options = dict(cwd=ROOT, env=environment, stdout=subprocess.PIPE, encoding="utf-8", check=True)
+        compiling, *lines, peak = subprocess.run(args, **options).stdout.strip().split("\n")
     seconds, losses = zip(*(map(float, line.split()) for line in lines), strict=True)
-    return {"seconds": seconds[2:] or seconds[1:], "losses": losses, "peak": int(peak)}
+    taken = {"seconds": seconds[2:] or seconds[1:], "losses": losses, "peak": int(peak)}
+    return taken | {"compiling": float(compiling)}
 
 
 def precisions():
@@ -111,7 +117,7 @@ def precisions():
                 "tokens_per_second": config.batch_size * config.block_size / seconds,
                 "peak": max(run["peak"] for run in runs),
                 "early": losses[steps_fp16 - 1],
-                "late": losses[steps - 1] if len(losses) >= steps else None,
+                "late": statistics.mean(losses[-(steps // 10 or 1) :]) if len(losses) == steps else None,
             }
             print(f"  {size} {precision}: {results[f'{size} {precision}']}", flush=True)
     device = torch.device("cpu")
@@ -148,13 +154,21 @@ def processes():
         ("Muon, fp32", "muon", "fp32"),
         ("Muon, bf16", "muon", "bf16"),
     ):
-        flags = dict(optimizer=optimizer, precision=precision, max_steps=50, eval_interval=50, grad_accum=2)
+        flags = dict(optimizer=optimizer, precision=precision, max_steps=50, eval_interval=50)
+        flags |= dict(grad_accum=2, warmup_steps=10)
         flags |= dict(learning_rate=0.004 if optimizer == "adamw" else 0.02, data=ROOT / "input.txt")
         flags = [f"--{key}={value}" for key, value in flags.items()] + ["--max_new_tokens=1"]
         losses, seconds = {1: [], 2: []}, {1: [], 2: []}
         for n in (1, 2) * 3:
-            start = [sys.executable] if n == 1 else ["torchrun", f"--nproc_per_node={n}"]
-            args = [*start, folder / "record.py", *flags, f"--out_dir={folder / str(n)}", folder / "l.json"]
+            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+            args = [
+                sys.executable,
+                *(torchrun if n > 1 else []),
+                folder / "record.py",
+                *flags,
+                f"--out_dir={folder / str(n)}",
+                folder / "l.json",
+            ]
             environment = os.environ | {"OMP_NUM_THREADS": str(2 // n), "PYTHONPATH": str(ROOT)}
             subprocess.run(args, cwd=ROOT, env=environment, capture_output=True, check=True)
             losses[n] = json.loads((folder / "l.json").read_text(encoding="utf-8"))[:50]
@@ -169,45 +183,35 @@ def processes():
 
 # ---------------------------------------- what each line brings ----------------------------------------
 
-ADAMW = dict(optimizer="adamw", learning_rate=0.006, weight_decay=1.0)  # as in v5
-GAINS = {  # one after the other, each with what stands above it
-    "AdamW, fp32": ADAMW | dict(precision="fp32"),
-    "bf16": ADAMW | dict(precision="bf16"),
-    "Muon": dict(precision="bf16"),
-    "torch.compile": dict(precision="bf16", compile=True),
+GAINS = {  # one after the other
+    "AdamW, fp32": dict(optimizer="adamw", precision="fp32"),
+    "AdamW, bf16": dict(optimizer="adamw", precision="bf16"),
+    "Muon, bf16": dict(precision="bf16"),
+    "Muon, bf16, compiled": dict(precision="bf16", compile=True),
 }
 
 
 def gains():
-    """The default run, whole, from v5's way of training to v6's with torch.compile, with all cores."""
-    results = {}
-    for name, flags in GAINS.items():
-        metrics = run("v6_amp_ddp", f"gains_{name.replace(', ', '_')}", **flags)
-        keys = (
-            "seconds",
-            "tokens_per_second",
-            "val_loss",
-            "bits_per_char",
-            "peak_memory",
-            "machine",
-            "history",
-        )
-        results[name] = {key: metrics[key] for key in keys}
-    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, result in results.items():
-        per_char = result["bits_per_char"] / result["val_loss"]
-        seconds = [point["seconds"] for point in result["history"]]
-        ax.plot(seconds, [per_char * point["val_loss"] for point in result["history"]], ".-", label=name)
-    ax.set(xlabel=f"training time on {result['machine']} (seconds)", ylabel="val loss (bits per character)")
-    ax.grid(alpha=0.3)
-    ax.legend()
-    fig.savefig(LOGS / "week_7_gains.png", dpi=90)
-    return results
+    """Seconds of a step of the default model, from v5's way to torch.compile: three rounds in turn."""
+    taken = {name: [] for name in GAINS}
+    for _ in range(3):
+        for name, flags in GAINS.items():
+            taken[name].append(take_steps(60, **flags))
+    results = {
+        name: {
+            "seconds": spread(statistics.median(run["seconds"]) for run in runs),
+            "compiling": spread(run["compiling"] for run in runs),
+            "peak": max(run["peak"] for run in runs),
+        }
+        for name, runs in taken.items()
+    }
+    return results | {"machine": machine()}
 
 
 # ------------------------------------------- longer runs -------------------------------------------
 
 LONGER = {
+    "192 wide": dict(max_steps=2000, eval_interval=400),
     "192 wide, dropout 0.1": dict(dropout=0.1, max_steps=2000, eval_interval=400),
     "256 wide, dropout 0.2": dict(n_embd=256, dropout=0.2, max_steps=4000, eval_interval=400),
 }
@@ -222,10 +226,10 @@ def characters():
 
 
 def longer():
-    """Two longer runs on tokens with all cores; their losses per character in nats, as nanoGPT gives them."""
+    """Longer runs on tokens with all cores; their losses per character in nats, as nanoGPT gives them."""
     results = {}
     for name, flags in LONGER.items():
-        metrics = run("v6_amp_ddp", f"longer_{flags['max_steps']}", **flags)
+        metrics = run("v6_amp_ddp", f"longer_{name.replace(' ', '_')}", **flags)
         keys = ("params", "steps", "seconds", "train_loss", "val_loss", "bits_per_char", "history", "machine")
         results[name] = {key: metrics[key] for key in keys}
         results[name]["nats_per_char"] = metrics["bits_per_char"] * math.log(2)
@@ -266,33 +270,50 @@ def linear_decay(step, config):
     return config.learning_rate * min(1, (config.max_steps - step + 1) / (0.6 * config.max_steps))
 
 
+def adamw(learning_rate, weight_decay):
+    """Flags of AdamW for all weights."""
+    return {}, dict(optimizer="adamw", learning_rate=learning_rate, weight_decay=weight_decay)
+
+
 TRIALS = {  # stand-ins, and flags besides those of all
-    "default": ({}, {}),
-    "AdamW": ({}, ADAMW),
+    "default: Muon, step size 0.02, decay 0.5": ({}, {}),
+    "AdamW, step size 0.003, decay 1": adamw(0.003, 1.0),
+    "AdamW, step size 0.006, decay 1": adamw(0.006, 1.0),
+    "AdamW, step size 0.006, decay 0.5": adamw(0.006, 0.5),
+    "AdamW, step size 0.012, decay 0.5": adamw(0.012, 0.5),
+    "step size 0.01": ({}, dict(learning_rate=0.01)),
+    "step size 0.04": ({}, dict(learning_rate=0.04)),
+    "decay 0.1": ({}, dict(weight_decay=0.1)),
+    "decay 1": ({}, dict(weight_decay=1.0)),
     "squared ReLU": ({"TransformerBlock": WithSquaredReLU}, {}),
-    "zero-initialised projections": ({"LanguageModel": ZeroInitialised}, {}),
-    "constant, then linear step size": ({"learning_rate_at": linear_decay}, {}),
-    "weight decay 0.1": ({}, dict(weight_decay=0.1)),
-    "weight decay 1": ({}, dict(weight_decay=1.0)),
-    "learning rate 0.01": ({}, dict(learning_rate=0.01)),
-    "learning rate 0.04": ({}, dict(learning_rate=0.04)),
+    "last matrices begin as zeros": ({"LanguageModel": ZeroInitialised}, {}),
+    "step size constant, then falling in a line": ({"learning_rate_at": linear_decay}, {}),
 }
 
 
 def recipe():
-    """What else was tried: half of a default run, three seeds each, one thread each."""
+    """What was tried: half of a default run, three seeds each, one thread each."""
     jobs = {}
     for name, (replace, flags) in TRIALS.items():
         for seed in (1337, 1, 2):
-            flags_here = {"max_steps": 400, "precision": "bf16", "seed": seed} | flags
-            jobs[f"recipe_{name.replace(' ', '_')}_{seed}"] = ("v6_amp_ddp", replace, flags_here)
-    metrics = run_all(jobs)
-    return {
-        name: spread(
-            metrics[f"recipe_{name.replace(' ', '_')}_{seed}"]["bits_per_char"] for seed in (1337, 1, 2)
-        )
-        for name in TRIALS
-    }
+            flags_here = {"max_steps": 400, "eval_interval": 50, "precision": "bf16", "seed": seed} | flags
+            jobs[name, seed] = ("v6_amp_ddp", replace, flags_here)
+    names = {key: f"recipe_{re.sub(r'[^a-z0-9.]+', '_', key[0].lower())}_{key[1]}" for key in jobs}
+    metrics = run_all({names[key]: job for key, job in jobs.items()})
+    trials = {name: [metrics[names[name, seed]] for seed in (1337, 1, 2)] for name in TRIALS}
+    results = {name: spread(m["bits_per_char"] for m in runs) for name, runs in trials.items()}
+    best = min((name for name in TRIALS if name.startswith("AdamW")), key=lambda name: results[name]["mean"])
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    for i, name in enumerate((best, next(iter(TRIALS)))):
+        for j, run_of_seed in enumerate(trials[name]):
+            points = [(point["step"], point["val_loss"]) for point in run_of_seed["history"]]
+            label = name.removeprefix("default: ") if j == 0 else None
+            ax.plot(*zip(*points, strict=True), ".-", color=f"C{i}", alpha=0.7, label=label)
+    ax.set(xlabel="step", ylabel="val loss (nats per token), three seeds each")
+    ax.grid(alpha=0.3)
+    ax.legend()
+    fig.savefig(LOGS / "week_7_muon.png", dpi=90)
+    return results
 
 
 # -------------------------------------------------- log --------------------------------------------------
@@ -326,12 +347,13 @@ def tables(results):
     gained = [
         [
             name,
-            f"{week['gains'][name]['tokens_per_second']:,.0f}",
-            f"{week['gains'][name]['seconds']:.0f}",
-            f"{week['gains'][name]['bits_per_char']:.4f}",
-            f"{week['gains'][name]['peak_memory'] / GB:.2f} GB",
+            "{:.0f} ({:.0f} to {:.0f})".format(
+                *(1000 * m["seconds"][key] for key in ("mean", "least", "most"))
+            ),
+            f"{m['peak'] / GB:.2f} GB",
         ]
-        for name in GAINS
+        for name, m in week["gains"].items()
+        if name != "machine"
     ]
     long = [
         [name, f"{m['params']:,}", f"{m['steps']:,}", f"{m['seconds']:.0f}"]
@@ -343,7 +365,7 @@ def tables(results):
         for name, m in sorted(week["recipe"].items(), key=lambda item: item[1]["mean"])
     ]
     columns = ("1.001", "100000.0", "1e-08", "above_1", "max")
-    kept = [[name, *(f"{float(x[key]):,.6g}" for key in columns)] for name, x in week["sixteen_bits"].items()]
+    kept = [[name, *(f"{float(x[key]):,.8g}" for key in columns)] for name, x in week["sixteen_bits"].items()]
     steps = [
         [i, *(f"{s:.3f}" for s in values), f"{values[0] / values[1]:.1f}"]
         for i, values in enumerate(week["muon_by_hand"])
@@ -355,7 +377,7 @@ def tables(results):
         "processes": table(
             ["training", "one process of two threads, s", "two of one thread, s", "losses apart by"], shared
         ),
-        "gains": table(["each with those above", "tokens/s", "seconds", "bits/char", "peak"], gained),
+        "gains": table(["training", "milliseconds of a step", "peak"], gained),
         "longer": table(
             ["training", "parameters", "steps", "seconds", "bits/char", "nats per character"], long
         ),
