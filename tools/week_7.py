@@ -175,7 +175,8 @@ def processes():
             metrics = json.loads((folder / str(n) / "metrics.json").read_text(encoding="utf-8"))
             seconds[n].append(metrics["seconds"])
         apart = max(abs(a / b - 1) for a, b in zip(losses[1], losses[2], strict=True))
-        results[name] = {"one": spread(seconds[1]), "two": spread(seconds[2]), "apart": apart}
+        results[name] = {"one": spread(seconds[1]), "two": spread(seconds[2])}
+        results[name]["apart"] = f"{apart:.0e}"  # as text: what is stored is rounded to six digits
         results[name]["losses"] = [losses[1][0], losses[1][-1]]
         print(f"  {name}: {results[name]}", flush=True)
     return results | {"machine": machine()}
@@ -339,7 +340,7 @@ def tables(results):
         [
             name,
             *(f"{m[n]['mean']:.1f} ({m[n]['least']:.1f} to {m[n]['most']:.1f})" for n in ("one", "two")),
-            f"{m['apart']:.0e}",
+            m["apart"],
         ]
         for name, m in week["processes"].items()
         if name != "machine"
