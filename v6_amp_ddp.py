@@ -5,7 +5,7 @@ Muon (Jordan et al. 2024) makes an update equally large in all directions of a m
 operations. Under torchrun several processes share each batch, exchange gradients, and learn as one.
 
 Since v5_gpt2.py
-  added:    LOCAL_RANK, PRECISIONS, WORLD_SIZE, RANK, compiled, join_processes, make_optimizers,
+  added:    LOCAL_RANK, PRECISIONS, RANK, WORLD_SIZE, compiled, join_processes, make_optimizers,
             pick_precision, total
   changed:  Config, GPT2, LanguageModel, TRAINING, evaluate, hardware, load_checkpoint, load_splits, main,
             matmul_flops, new_vocab, report, train
