@@ -361,6 +361,16 @@ def test_reproduce_runs_what_it_says(done, monkeypatch, capsys):
     assert "its stored figures stay, no_such_peer not installed" in capsys.readouterr().out
 
 
+def test_a_week_without_its_log_keeps_its_results_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.setattr(common, "LOGS", tmp_path)
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(sys, "argv", ["week_9.py"])
+    common.run_experiments(9, {"a": lambda: 1}, lambda results: {"week_9": {"x": "new"}})
+    assert common.load_results() == {"week_9": {"a": 1}}
+    assert "there is no logs/week_9.md yet" in capsys.readouterr().out
+
+
 def test_experiments_by_name_all_of_them_or_all_but_the_long_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "ROOT", tmp_path)
     monkeypatch.setattr(common, "LOGS", tmp_path)

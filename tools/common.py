@@ -360,10 +360,13 @@ def run_experiments(week, experiments, tables, long=()):
 
 
 def fill_logs(week, experiments, tables):
-    """Write the tables of a week into its logs if all its experiments have run."""
+    """Write the tables of a week into those of its logs that there are, if all its experiments have run."""
     results = load_results()
     if missing := set(experiments) - results.get(f"week_{week}", {}).keys():
         print(f"week {week}: its logs stay as they are until {', '.join(sorted(missing))} has run")
     else:
         for stem, blocks in tables(results).items():
-            fill(LOGS / f"{stem}.md", blocks)
+            if (LOGS / f"{stem}.md").exists():
+                fill(LOGS / f"{stem}.md", blocks)
+            else:
+                print(f"week {week}: there is no logs/{stem}.md yet, its results are in results.json alone")

@@ -9,7 +9,7 @@
 
 A run is kept below runs/ with a key: a hash of the rung's code, flags and text, the number of threads and
 PyTorch's version. Where the key is the same, nothing is trained. A fresh clone keeps no run: there, on two
-cores, it takes about three hours, and --all about six. The rungs alone take a quarter of an hour. Ctrl-C ends
+cores, it takes some five hours, and --all some eight. The rungs alone take a quarter of an hour. Ctrl-C ends
 it at any time; what is done is kept, and the same command goes on with the rest. What --all cannot measure
 here stays as it is stored, and it says so: the race without PATH, the bench without all of its peers (see
 tests/bench_bpe.py), week 5's `elsewhere` without the text it is about.
