@@ -30,6 +30,7 @@ RUNGS = sorted(
 VARIANTS = [f"v4_rope_alibi position={name}" for name in ("learned", "sinusoidal", "alibi", "none")]
 TINY = dict(block_size=8, batch_size=4, window=3, n_embd=16, n_head=2, n_layer=2, n_hidden=16, warmup_steps=3)
 TINY |= dict(max_steps=12, eval_interval=5, eval_tokens=300, max_new_tokens=20, tokenizer="char", dropout=0.0)
+TINY |= dict(base="none")  # from v7 on: train a model
 
 
 def tiny_flags(module, **changes):
@@ -43,6 +44,11 @@ def tiny_config(module, **changes):
     """A Config of small settings for a rung's module."""
     known = {field.name for field in fields(module.Config)}
     return module.Config(**({name: value for name, value in TINY.items() if name in known} | changes))
+
+
+def training_folder(rung, out):
+    """Where a run in folder `out` keeps the checkpoint of its training: from v7 on that is its base."""
+    return out / "base" if int(re.findall(r"\d+", rung)[0]) >= 7 else out
 
 
 def command(rung, *flags):

@@ -122,9 +122,10 @@ def test_steps_are_small(rung):
 @pytest.mark.parametrize("rung", RUNGS)
 def test_rooms_stand_in_order(rung):
     banners = re.findall(r"^# -{10,} (\w+) -{10,}$", source(rung), flags=re.M)
-    check(
-        banners == [*ROOMS], f"{rung}.py: keep the banners of these rooms, in this order: {', '.join(ROOMS)}."
-    )
+    rooms = [*ROOMS]
+    if rung == "v7_quantize":
+        rooms.insert(rooms.index("model") + 1, "quantization")
+    check(banners == rooms, f"{rung}.py: keep the banners of these rooms, in this order: {', '.join(rooms)}.")
     lines = {node.name: node.lineno for node in ast.parse(source(rung)).body if hasattr(node, "name")}
     starts = [source(rung).split(f" {room} -")[0].count("\n") for room in ROOMS]
     for (room, names), start, end in zip(ROOMS.items(), starts, [*starts[1:], 10**6], strict=True):

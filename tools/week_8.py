@@ -1,0 +1,454 @@
+"""The experiments of week 8: python tools/week_8.py [experiment ...]
+
+`others` also needs torchao and bitsandbytes: pip install torchao==0.18.0 bitsandbytes==0.50.2
+"""
+
+import copy
+import importlib.util
+import sys
+import time
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn as nn
+from common import LOGS, ROOT, machine, run_experiments, spread, table
+
+import v7_quantize as v7
+
+ROUNDS = 3
+GPT2 = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, position="learned", vocab_size=50257)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def gpt2(kind="none", precision="fp32", seed=1):
+    """GPT-2's smallest in our own code, weights at random, as --quantize and --precision say."""
+    torch.manual_seed(seed)
+    config = v7.Config(**GPT2, quantize=kind, precision=precision, init_std=0.02)
+    return v7.quantize(v7.LanguageModel(config, 50257).eval(), config).to(DTYPES[precision])
+
+
+def transformers_gpt2(dtype=torch.float32):
+    """The same of transformers."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(1)
+    return GPT2LMHeadModel(GPT2Config()).eval().to(dtype)
+
+
+def seconds_of(function):
+    """How long a call takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def in_turn(functions, rounds=ROUNDS):
+    """Call each once to warm up, then all in turn; return {name: spread of seconds}."""
+    for function in functions.values():
+        function()
+    seconds = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            seconds[name].append(seconds_of(function))
+    return {name: spread(values) for name, values in seconds.items()}
+
+
+# ------------------------------------------------ speed ------------------------------------------------
+
+MODELS = [
+    ("none", "fp32"),
+    ("none", "bf16"),
+    ("int8", "fp32"),
+    ("int8", "bf16"),
+    ("int4", "fp32"),
+    ("int4", "bf16"),
+]
+
+
+@torch.inference_mode()
+def decode():
+    """128 new tokens after a prompt of 32, greedy, one text: seconds of the whole, beside transformers."""
+    idx = torch.randint(50257, (1, 32))
+    config = v7.Config(greedy=True, max_new_tokens=128)
+    functions, size = {}, {}
+
+    def theirs(model):
+        quiet = dict(do_sample=False, eos_token_id=None, pad_token_id=0, max_new_tokens=128)
+        return lambda: model.generate(idx, attention_mask=torch.ones_like(idx), **quiet)
+
+    for name, dtype in DTYPES.items():
+        model = transformers_gpt2(dtype)
+        functions[f"transformers, {name}"] = theirs(model)
+        size[f"transformers, {name}"] = sum(p.nbytes for p in model.parameters())
+    for kind, precision in MODELS:
+        model = gpt2(kind, precision)
+        functions[f"{kind}, {precision}"] = lambda model=model: v7.generate(model, idx, config)
+        size[f"{kind}, {precision}"] = sum(x.nbytes for x in model.state_dict().values())
+    seconds = in_turn(functions)
+    bandwidth = v7.memory_bandwidth(torch.device("cpu"))
+    results = {
+        name: {
+            "tokens_per_second": 128 / times["mean"],
+            "slowest": 128 / times["most"],
+            "fastest": 128 / times["least"],
+            "megabytes": size[name] / 1e6,
+            "gb_per_second": size[name] * 128 / times["mean"] / 1e9,
+            "share": size[name] * 128 / times["mean"] / bandwidth,
+        }
+        for name, times in seconds.items()
+    }
+    return results | {"bandwidth": bandwidth / 1e9, "machine": machine()}
+
+
+@torch.inference_mode()
+def prefill():
+    """Seconds from a prompt of 512 tokens to the logits of the next."""
+    idx = torch.randint(50257, (1, 512))
+    theirs = transformers_gpt2()
+    functions = {"transformers": lambda: theirs(idx, use_cache=True, logits_to_keep=1)}
+    for kind in v7.KINDS:
+        model = gpt2(kind)
+
+        def ours(model=model):
+            model.logits(model.hidden_states(idx, v7.KVCache(model, 1))[:, -1])
+
+        functions[kind] = ours
+    return {name: times for name, times in in_turn(functions, 5).items()} | {"machine": machine()}
+
+
+@torch.inference_mode()
+def cache():
+    """Milliseconds of one more token after 32 to 1,023, with the cache and without it, in float32."""
+    model, found = gpt2(), {}
+    idx = torch.randint(50257, (1, 1024))
+    for T in (32, 64, 128, 256, 512, 768, 1023):
+        kv = v7.KVCache(model, 1)
+        model.hidden_states(idx[:, :T], kv)
+
+        def cached(T=T, kv=kv):
+            kv.lengths.fill_(T)
+            model.logits(model.hidden_states(idx[:, T : T + 1], kv)[:, -1])
+
+        def uncached(T=T):
+            model.logits(model.hidden_states(idx[:, : T + 1])[:, -1])
+
+        times = {"with": [], "without": []}
+        for i in range(12):
+            times["with"].append(seconds_of(cached))
+            if i < 4:
+                times["without"].append(seconds_of(uncached))
+        found[T] = {name: 1000 * sorted(values[1:])[len(values[1:]) // 2] for name, values in times.items()}
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name in ("without", "with"):
+        points = [(T, times[name]) for T, times in found.items()]
+        ax.plot(*zip(*points, strict=True), ".-", label=f"{name} cache")
+    ax.set(xlabel="tokens before", ylabel="milliseconds for one more token", xscale="log", yscale="log")
+    ax.grid(alpha=0.3, which="both")
+    ax.legend()
+    fig.savefig(LOGS / "week_8_cache.png", dpi=90)
+    return found | {"machine": machine()}
+
+
+@torch.inference_mode()
+def batch():
+    """Tokens per second of all rows together, 64 steps after prompts of 32, for 1 to 16 rows."""
+    config, results = v7.Config(greedy=True, max_new_tokens=66), {}
+    for kind in v7.KINDS:
+        model, results[kind] = gpt2(kind), {}
+        for rows in (1, 2, 4, 8, 16):
+            engine = v7.Engine(model, rows)
+            for _ in range(rows):
+                engine.add(torch.randint(50257, (32,)).tolist(), config)
+            engine.step()
+            seconds = seconds_of(lambda engine=engine: [engine.step() for _ in range(64)])
+            results[kind][rows] = 64 * rows / seconds
+    return results | {"machine": machine()}
+
+
+# ------------------------------------------------ error ------------------------------------------------
+
+
+def trained():
+    """The model of v6's default run, its Config and the two splits."""
+    checkpoint, config = v7.load_checkpoint("train", {}, ROOT / "runs" / "v6_amp_ddp")
+    config.vocab_size = len(v7.make_tokenizer(checkpoint["vocab"]).vocab)
+    return checkpoint, config, v7.load_splits(config, checkpoint["vocab"])
+
+
+def bits_per_nat(checkpoint, config, val_ids):
+    """What turns v6's loss per token into bits per character: the ratio of the two in its metrics."""
+    import json
+
+    metrics = json.loads((ROOT / "runs" / "v6_amp_ddp" / "metrics.json").read_text(encoding="utf-8"))
+    return metrics["bits_per_char"] / metrics["val_loss"]
+
+
+def quantized_in_part(checkpoint, config, wanted):
+    """v6's model with those matrices rounded to what int8 or int4 holds whose names `wanted` picks."""
+    model = v7.load_model(checkpoint["model"], replace(config, quantize="none"), "cpu")
+    small = v7.load_model(checkpoint["model"], config, "cpu").float()
+    for name, module in model.named_modules():
+        if wanted(name) and isinstance(module, nn.Linear | nn.Embedding) and "position" not in name:
+            module.weight.data = small.get_submodule(name).rows(slice(len(module.weight)))
+    return model
+
+
+INT4 = dict(quantize="int4")
+ERRORS = {"none": (None, dict(quantize="none")), "int8": ("", dict(quantize="int8"))}
+ERRORS |= {f"int4, groups of {n}": ("", INT4 | dict(group_size=n)) for n in (16, 32, 64, 128, 256)}
+ERRORS |= {
+    "int4, embedding only": ("token_embedding", INT4),
+    "int4, queries, keys and values only": ("attention.qkv", INT4),
+    "int4, output of attention only": ("attention.proj", INT4),
+    "int4, first matrix of the MLPs only": ("mlp.0", INT4),
+    "int4, second matrix of the MLPs only": ("mlp.2", INT4),
+}
+
+
+LARGEST = "int4, but the largest hundredth of each matrix as it is"
+
+
+def error():
+    """Bits per character of v6's model in int8 and in int4 with groups of 16 to 256, and by part."""
+    checkpoint, config, (_, val_ids) = trained()
+    factor, results = bits_per_nat(checkpoint, config, val_ids), {}
+
+    def measure(name, wanted, **flags):
+        small = replace(config, **flags)
+        model = quantized_in_part(checkpoint, small, wanted)
+        size = sum(x.nbytes for x in v7.load_model(checkpoint["model"], small, "cpu").state_dict().values())
+        loss = v7.evaluate(model, val_ids, config)
+        results[name] = {"bits_per_char": loss * factor, "megabytes": size / 1e6, "val_loss": loss}
+
+    for name, (part, flags) in ERRORS.items():
+        measure(name, lambda name, part=part: part is not None and part in name, **flags)
+    model = v7.load_model(checkpoint["model"], replace(config, quantize="none"), "cpu")
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):  # int4 of what is left without the largest weights
+            whole = module.weight.detach()
+            large = whole.abs() >= whole.abs().flatten().kthvalue(int(0.99 * whole.numel()))[0]
+            rest = copy.deepcopy(module).requires_grad_(False)
+            rest.weight[large] = 0
+            rows = v7.Int4Linear(rest, config).float().rows(slice(len(whole)))
+            module.weight.data = torch.where(large, whole, rows)
+    loss = v7.evaluate(model, val_ids, config)
+    results[LARGEST] = {"bits_per_char": loss * factor, "megabytes": None, "val_loss": loss}
+    return results
+
+
+# --------------------------------------------- other libraries ---------------------------------------------
+
+
+class WithHead(v7.LanguageModel):
+    """v7's model with a linear layer for the logits: the libraries replace only those."""
+
+    def __init__(self, config, vocab_size):
+        super().__init__(config, vocab_size)
+        self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
+
+    def logits(self, x):
+        """Hidden states (..., C) to logits (..., V)."""
+        return self.head(x)
+
+
+def with_head(model):
+    """A float model of v7 as WithHead."""
+    other = WithHead(model.config, model.token_embedding.num_embeddings).eval()
+    other.load_state_dict(model.state_dict() | {"head.weight": model.token_embedding.weight})
+    return other
+
+
+def dynamic(model):
+    """PyTorch's dynamic quantization: int8 weights, and activations rounded to int8 as they come."""
+    return torch.ao.quantization.quantize_dynamic(with_head(model), {nn.Linear}, dtype=torch.qint8)
+
+
+def torchao_int8(model):
+    """torchao's int8, weights only."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = with_head(model)
+    quantize_(model, Int8WeightOnlyConfig())
+    return model
+
+
+def torchao_dynamic(model):
+    """torchao's int8 for weights and activations."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    model = with_head(model)
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return model
+
+
+def bitsandbytes_nf4(model):
+    """bitsandbytes' 4-bit NormalFloat (Dettmers et al. 2023)."""
+    import bitsandbytes as bnb
+
+    model = with_head(model)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                bias = child.bias is not None
+                small = bnb.nn.Linear4bit(
+                    child.in_features,
+                    child.out_features,
+                    bias=bias,
+                    compute_dtype=torch.float32,
+                    quant_type="nf4",
+                )
+                small.load_state_dict(child.state_dict())
+                setattr(parent, name, small.to("cpu"))
+    return model
+
+
+def bitsandbytes_int8(model):
+    """bitsandbytes' int8 (Dettmers et al. 2022)."""
+    import bitsandbytes as bnb
+
+    model = with_head(model)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                bias = child.bias is not None
+                small = bnb.nn.Linear8bitLt(
+                    child.in_features, child.out_features, bias=bias, has_fp16_weights=False
+                )
+                small.load_state_dict(child.state_dict())
+                setattr(parent, name, small.to("cpu"))
+    return model
+
+
+OTHERS = {
+    "PyTorch, dynamic int8": dynamic,
+    "torchao, int8 weights": torchao_int8,
+    "torchao, dynamic int8": torchao_dynamic,
+    "bitsandbytes, int8": bitsandbytes_int8,
+    "bitsandbytes, NF4": bitsandbytes_nf4,
+}
+
+
+@torch.inference_mode()
+def others():
+    """Tokens per second of 124 million weights and bits per character of v6's model, by other libraries."""
+    for name in ("torchao", "bitsandbytes"):
+        if not importlib.util.find_spec(name):
+            sys.exit(f"error: this compares with {name}: pip install torchao==0.18.0 bitsandbytes==0.50.2")
+    idx, config = torch.randint(50257, (1, 32)), v7.Config(greedy=True, max_new_tokens=64)
+    makers = {"ours, int8": lambda model: v7.quantize(model, replace(model.config, quantize="int8"))}
+    makers["ours, int4"] = lambda model: v7.quantize(model, replace(model.config, quantize="int4")).float()
+    makers |= OTHERS
+    functions = {}
+    for name, make in makers.items():
+        model = make(copy.deepcopy(gpt2()))
+        functions[name] = lambda model=model: v7.generate(model, idx, config)
+    seconds = in_turn(functions)
+    checkpoint, settings, (_, val_ids) = trained()
+    factor, results = bits_per_nat(checkpoint, settings, val_ids), {}
+    for name, make in makers.items():
+        model = make(v7.load_model(checkpoint["model"], replace(settings, quantize="none"), "cpu"))
+        loss = v7.evaluate(model, val_ids, settings)
+        results[name] = {"tokens_per_second": 64 / seconds[name]["mean"], "bits_per_char": loss * factor}
+        results[name] |= {"seconds": seconds[name]}
+    return results | {"machine": machine()}
+
+
+# ------------------------------------------------- by hand -------------------------------------------------
+
+
+def by_hand():
+    """What a token of GPT-2's smallest costs this machine: bytes, operations, and the seconds of each."""
+    matrices = [torch.randn(2048, 2048) for _ in range(2)]
+    flops = 2 * 2048**3 / min(seconds_of(lambda: matrices[0] @ matrices[1]) for _ in range(5))
+    bandwidth = v7.memory_bandwidth(torch.device("cpu"))
+    with torch.device("meta"):
+        params = sum(p.numel() for p in v7.LanguageModel(v7.Config(**GPT2), 50257).parameters())
+    return {
+        "params": params,
+        "gflops": flops / 1e9,
+        "gb_per_second": bandwidth / 1e9,
+        "ms_of_arithmetic": 1000 * 2 * params / flops,
+        "ms_of_memory": 1000 * 4 * params / bandwidth,
+        "machine": machine(),
+    }
+
+
+def samples():
+    """What v6's model writes as it is, in int8 and in int4, from the same seed."""
+    checkpoint, config, _ = trained()
+    tokenizer, texts = v7.make_tokenizer(checkpoint["vocab"]), {}
+    prompt = torch.tensor([tokenizer.encode("\n")])
+    for kind in v7.KINDS:
+        model = v7.load_model(checkpoint["model"], replace(config, quantize=kind), "cpu").float()
+        ids = v7.generate(model, prompt, replace(config, max_new_tokens=120))
+        texts[kind] = tokenizer.decode(ids[0].tolist())
+    return texts
+
+
+# --------------------------------------------------- log ---------------------------------------------------
+
+
+def tables(results):
+    """The blocks of logs/week_8.md."""
+    week = results["week_8"]
+    speeds = [
+        [
+            name,
+            f"{m['megabytes']:.1f}",
+            f"{m['tokens_per_second']:.1f} ({m['slowest']:.1f} to {m['fastest']:.1f})",
+            f"{m['tokens_per_second'] / week['decode']['transformers, fp32']['tokens_per_second']:.2f}",
+            f"{m['gb_per_second']:.1f}",
+            f"{m['share']:.0%}",
+        ]
+        for name, m in week["decode"].items()
+        if isinstance(m, dict)
+    ]
+    speeds.sort(key=lambda row: (not row[0].startswith("transformers"), -float(row[1])))
+    first = [
+        [name, f"{m['mean']:.2f} ({m['least']:.2f} to {m['most']:.2f})"]
+        for name, m in week["prefill"].items()
+        if name != "machine"
+    ]
+    lengths = sorted((int(T), times) for T, times in week["cache"].items() if T != "machine")
+    waits = [[T, f"{times['with']:.1f}", f"{times['without']:.0f}"] for T, times in lengths]
+    together = [
+        [kind, *(f"{week['batch'][kind][rows]:.0f}" for rows in ("1", "2", "4", "8", "16"))]
+        for kind in v7.KINDS
+    ]
+    errors = []
+    for name in (*ERRORS, LARGEST):
+        m = week["error"][name]
+        errors.append([name, f"{m['megabytes']:.2f}" if m["megabytes"] else "-", f"{m['bits_per_char']:.4f}"])
+    others = [
+        [name, f"{m['tokens_per_second']:.1f}", f"{m['bits_per_char']:.4f}"]
+        for name, m in week["others"].items()
+        if name != "machine"
+    ]
+    blocks = {
+        "decode": table(
+            ["weights, rest", "MB", "tokens/s", "of transformers' fp32", "GB/s", "of the memory's"], speeds
+        ),
+        "prefill": table(["weights", "seconds for 512 tokens"], first),
+        "cache": table(["tokens before", "with cache, ms", "without, ms"], waits),
+        "batch": table(["weights", "1 text", "2", "4", "8", "16"], together),
+        "error": table(["what is rounded", "MB", "bits/char"], errors),
+        "others": table(["weights", "tokens/s", "bits/char"], others),
+        "samples": "\n\n".join(f"{kind}:\n\n```\n{week['samples'][kind].strip()}\n```" for kind in v7.KINDS),
+    }
+    return {"week_8": blocks}
+
+
+EXPERIMENTS = {
+    "by_hand": by_hand,
+    "decode": decode,
+    "prefill": prefill,
+    "cache": cache,
+    "batch": batch,
+    "error": error,
+    "others": others,
+    "samples": samples,
+}
+
+if __name__ == "__main__":
+    run_experiments(8, EXPERIMENTS, tables)
