@@ -6,9 +6,13 @@ what attention has computed, so that a token costs one row and not the whole tex
 once. What is quantized is a model that v5 or v6 has trained (--base), or one that is trained here.
 
 Since v6_amp_ddp.py
-  added:    -
-  changed:  -
-  removed:  -
+  added:    Engine, FloatLinear, Int4Linear, Int8Linear, KINDS, KVCache, QUANTIZING, Text, decoding_speed,
+            find_model, kernels_for, load_model, megabytes, memory_bandwidth, quantize
+  changed:  Config, LanguageModel, MAY_CHANGE, MultiHeadAttention, PRECISIONS, SAMPLING, TRAINING,
+            TransformerBlock, evaluate, generate, load_checkpoint, load_splits, main, new_vocab, report,
+            rope_rotation, sample_next, save_report, train
+  removed:  GPT2, LOCAL_RANK, PRESETS, RANK, WORLD_SIZE, compiled, hardware, join_processes, matmul_flops,
+            peak_memory, total
 
 Result: not measured yet.
 
@@ -43,14 +47,13 @@ from bpe_tokenizer import BPETokenizer, TokenizerError, encode_data, read_data
 # --------------------------------------------- config ---------------------------------------------
 
 NAME = Path(__file__).stem
-SAMPLING = ("device", "precision", "seed", "greedy", "temperature", "top_k", "top_p", "prompt")
-SAMPLING += ("max_new_tokens", "stream")
+SAMPLING = ("device", "seed", "greedy", "temperature", "top_k", "top_p", "prompt", "max_new_tokens")
+SAMPLING += ("stream",)
 TRAINING = ("max_steps", "learning_rate", "warmup_steps", "lr_floor", "grad_clip", "eval_interval")
-TRAINING += ("dropout", "beta2", "weight_decay")
+TRAINING += ("dropout", "beta2", "weight_decay", "precision")
 QUANTIZING = ("quantize", "group_size")
 # Fields that a flag may change when a saved model is loaded; all others stay as they were in its training.
-MAY_CHANGE = {"evaluate": ("device", "precision"), "sample": SAMPLING}
-MAY_CHANGE |= {"resume": SAMPLING + QUANTIZING + TRAINING}
+MAY_CHANGE = {"evaluate": ("device",), "sample": SAMPLING, "resume": SAMPLING + QUANTIZING + TRAINING}
 MAY_CHANGE |= {"train": (*SAMPLING, *QUANTIZING, "base", "out_dir")}  # when it begins with a base
 VOCAB_TEXT = 10_000_000  # characters that a vocabulary is learned from, at most
 SPECIAL_TOKENS = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|context|>")
@@ -66,11 +69,11 @@ class Config:
     tokenizer: str = "bpe"  # char, bpe, a vocabulary file, or a folder with GPT-2's two files
     vocab_size: int = 1024  # ids that --tokenizer bpe learns, special tokens included
     out_dir: str = f"runs/{NAME}"  # folder for the checkpoint, metrics, pictures and sample
-    base: str = "auto"  # folder of a trained model; auto: v6's run, or one trained here; none: train one
+    base: str = "auto"  # folder of a trained model; auto: runs/v6_amp_ddp if it is there; none: train one
     quantize: str = "int8"  # weights as int8, int4, or none: as they are
     group_size: int = 32  # weights in a row of a matrix that share a scale and a zero point in int4
     device: str = "auto"  # auto, cuda, mps or cpu
-    precision: str = "auto"  # of matrix products: fp32, bf16, or auto: bf16 where hardware has it
+    precision: str = "auto"  # of products in training: fp32, bf16, or auto: bf16 where hardware has it
     seed: int = 1337  # same seed on the same machine: same numbers
     block_size: int = 256  # tokens in one training example (T)
     batch_size: int = 8  # training examples that are in memory at once (B)
@@ -267,14 +270,14 @@ class KVCache:
 
     def __init__(self, model, n_rows):
         config, like = model.config, model.norm.weight
-        shape = (config.n_layer, n_rows, config.block_size, 2, config.n_head, config.n_embd // config.n_head)
+        shape = (config.n_layer, 2, n_rows, config.n_head, config.block_size, config.n_embd // config.n_head)
         self.kept = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.lengths = torch.zeros(n_rows, dtype=torch.long, device=like.device)  # tokens that each row has
 
     def row(self, i):
         """A cache of row i alone, in the same memory."""
         part = copy.copy(self)
-        part.kept, part.lengths = self.kept[:, i : i + 1], self.lengths[i : i + 1]
+        part.kept, part.lengths = self.kept[:, :, i : i + 1], self.lengths[i : i + 1]
         return part
 
     def make_room(self, T):
@@ -289,8 +292,8 @@ class KVCache:
 
     def extend(self, layer, k, v):
         """Keep k and v (B, n_head, T, head_size) of new tokens; return all, (B, n_head, end, head_size)."""
-        self.kept[layer, self.rows, self.places] = torch.stack([k, v]).permute(1, 3, 0, 2, 4)
-        return self.kept[layer, :, : self.end].permute(2, 0, 3, 1, 4)
+        self.kept[layer][:, self.rows, :, self.places] = torch.stack([k, v]).permute(1, 3, 0, 2, 4)
+        return self.kept[layer, :, :, :, : self.end]
 
 
 class MultiHeadAttention(nn.Module):
@@ -400,16 +403,32 @@ class LanguageModel(nn.Module):
 # ------------------------------------------ quantization ------------------------------------------
 
 
-def few(x):
-    """Whether x (..., K) has few rows, on a CPU: then memory decides, and PyTorch's kernels are faster.
+def kernels_for(x):
+    """Whether PyTorch's kernels take x: on a CPU, without gradients. They read weights as they are stored."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled()
 
-    They read the weights as they are stored. Not all shapes fit them, and they do not check: `fits` does.
-    """
-    return x.device.type == "cpu" and x.numel() <= 16 * x.shape[-1]
+
+class FloatLinear(nn.Module):
+    """Stands in for an nn.Linear or an nn.Embedding, weights (N, K) as they are."""
+
+    def __init__(self, layer, config):
+        super().__init__()
+        self.weight, self.bias = layer.weight, getattr(layer, "bias", None)
+
+    def rows(self, ids):
+        """The weights (..., K) of rows `ids` (...), or of a slice of them."""
+        return self.weight[ids]
+
+    def forward(self, x):
+        """What nn.Linear computes: x (..., K) to (..., N)."""
+        if kernels_for(x) and torch.backends.mkldnn.is_available():
+            # oneDNN: on some CPUs twice as fast as what F.linear calls, above all for a single row.
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
 
 
 class Int8Linear(nn.Module):
-    """Weights (N, K) as whole numbers from -127 to 127 and a scale for each row: weight = code * scale."""
+    """The same with whole numbers from -127 to 127 and a scale for each row: weight = code * scale."""
 
     def __init__(self, layer, config):
         super().__init__()
@@ -422,18 +441,23 @@ class Int8Linear(nn.Module):
         """The weights (..., K) of rows `ids` (...), or of a slice of them."""
         return self.codes[ids] * self.scales[ids, None]
 
+    @cached_property
+    def packed(self):
+        """What the kernel takes: codes and scales."""
+        return self.codes, self.scales.bfloat16()
+
     def forward(self, x):
         """What nn.Linear computes: x (..., K) to (..., N)."""
-        if self.fits and few(x):
-            y = torch._weight_int8pack_mm(x.flatten(0, -2), self.codes, self.scales)
-            y = y.unflatten(0, x.shape[:-1])
+        if self.fits and kernels_for(x):  # fast in bfloat16 only
+            y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), *self.packed)
+            y = y.to(x.dtype).unflatten(0, x.shape[:-1])
         else:
             y = F.linear(x, self.codes.to(x.dtype)) * self.scales
         return y if self.bias is None else y + self.bias
 
 
 class Int4Linear(nn.Module):
-    """Weights (N, K) as whole numbers from 0 to 15, two in a byte: weight = (code - 8) * scale + zero.
+    """The same with whole numbers from 0 to 15, two in a byte: weight = (code - 8) * scale + zero.
 
     Every group of group_size neighbours in a row has a scale and a zero point. Both are rounded to bfloat16
     before the codes are computed, which makes up for it. A range that includes 0 keeps the zero point small.
@@ -461,37 +485,38 @@ class Int4Linear(nn.Module):
 
     def rows(self, ids):
         """The weights (..., K) of rows `ids` (...), or of a slice of them."""
-        scales, zeros = self.scales[:, ids].movedim(0, -2).unsqueeze(-2).unbind(-1)  # (..., groups, 1)
-        codes = self.unpacked(ids).unflatten(-1, (-1, self.group_size)).to(scales.dtype)
+        scales, zeros = (
+            self.scales[:, ids].float().movedim(0, -2).unsqueeze(-2).unbind(-1)
+        )  # (..., groups, 1)
+        codes = self.unpacked(ids).unflatten(-1, (-1, self.group_size)).float()
         return ((codes - 8) * scales + zeros).flatten(-2)[..., : self.k]
 
     @cached_property
     def packed(self):
-        """The codes in the order that the kernel wants on this machine."""
-        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(self.unpacked(slice(None)).int(), 1)
+        """What the kernel takes: codes, in an order that depends on the machine, group size, scales."""
+        pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+        return pack(self.unpacked(slice(None)).int(), 1), self.group_size, self.scales.bfloat16()
 
     def forward(self, x):
         """What nn.Linear computes: x (..., K) to (..., N)."""
-        if self.fits and few(x):
-            kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
-            y = kernel(x.flatten(0, -2), self.packed, self.group_size, self.scales)
-            y = y.unflatten(0, x.shape[:-1])[..., : self.n]
+        if self.fits and kernels_for(x):  # fast in bfloat16 only
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.flatten(0, -2).bfloat16(), *self.packed)
+            y = y[:, : self.n].to(x.dtype).unflatten(0, x.shape[:-1])
         else:
-            y = F.linear(x, self.rows(slice(self.n)))
+            y = F.linear(x, self.rows(slice(self.n)).to(x.dtype))
         return y if self.bias is None else y + self.bias
 
 
 @torch.no_grad()
 def quantize(model, config):
     """Replace the linear layers and the token embedding of a model as --quantize says; return the model."""
-    if config.quantize != "none":
-        make = {"int8": Int8Linear, "int4": Int4Linear}[config.quantize]
-        for parent in [part for block in model.blocks for part in block.modules()]:
-            for name, child in parent.named_children():
-                if isinstance(child, nn.Linear):
-                    setattr(parent, name, make(child, config))
-        model.token_embedding = make(model.token_embedding, config)
-        model.embed, model.logits = model.token_embedding.rows, model.token_embedding.forward
+    make = {"none": FloatLinear, "int8": Int8Linear, "int4": Int4Linear}[config.quantize]
+    for parent in [part for block in model.blocks for part in block.modules()]:
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, make(child, config))
+    model.token_embedding = make(model.token_embedding, config)
+    model.embed, model.logits = model.token_embedding.rows, model.token_embedding.forward
     return model
 
 
@@ -556,7 +581,8 @@ def load_checkpoint(mode, flags, folder):
         reason, who = str(error).split("\n")[0], "v5 to v9" if mode == "train" else NAME
         sys.exit(f"error: no checkpoint of {who} in {folder} ({reason}); train first: python {NAME}.py")
     if mode == "train":  # what is done with a base is not its own
-        saved = {name: value for name, value in saved.items() if name not in MAY_CHANGE["train"]}
+        foreign = (*MAY_CHANGE["train"], "precision")
+        saved = {name: value for name, value in saved.items() if name not in foreign}
     saved = asdict(Config(**saved)) | {"out_dir": flags.get("out_dir", Config.out_dir)}
     may_change = MAY_CHANGE[mode]
     if mode == "resume" and flags.get("max_steps", saved["max_steps"]) <= checkpoint["step"]:
@@ -667,7 +693,8 @@ def train(model, train_ids, val_ids, config, checkpoint):
         stop_now = bool(stop)  # asked once: a Ctrl-C from here on counts for the next step
         if evaluate_now or stop_now or step % 10 == 0:
             seconds = time.perf_counter() - start
-            status = f"loss {loss.item():.4f}, {step * x.numel() / seconds:,.0f} tokens/s"
+            loss = loss.item()
+            status = f"loss {loss:.4f}, {step * x.numel() / seconds:,.0f} tokens/s"
             bar.set_postfix_str(status, refresh=False)
             if not math.isfinite(loss):
                 sys.exit(f"\nerror: the loss is not finite at step {step}; try a lower --learning_rate")
@@ -728,7 +755,7 @@ def report(models, tokenizer, train_ids, val_ids, config, checkpoint):
         size = megabytes(model)
         if not all(getattr(part, "fits", True) for part in model.modules()):
             print(f"note: PyTorch has no kernel for {name} in this shape, its weights are unpacked each time")
-        val_loss = evaluate(model.float(), val_ids, config)
+        val_loss = evaluate(model, val_ids, config)
         table[name] = {
             "params": params,
             "megabytes": size,
@@ -739,7 +766,7 @@ def report(models, tokenizer, train_ids, val_ids, config, checkpoint):
             "perplexity": math.exp(min(val_loss, 700)),  # a float holds no more
             "bits_per_char": val_loss * (len(val_ids) - 1) / n_chars / math.log(2),
         }
-        table[name] |= decoding_speed(model.to(PRECISIONS[config.precision]), val_ids)
+        table[name] |= decoding_speed(model, val_ids)
     metrics = table[config.quantize]
     print(f"{'quantize':>18}" + "".join(f"{name:>14}" for name in table))
     for name in metrics:
@@ -747,14 +774,14 @@ def report(models, tokenizer, train_ids, val_ids, config, checkpoint):
         print(f"{name:>18}" + "".join(f"{value:>14}" for value in values))
     bandwidth = memory_bandwidth(model.norm.weight.device)
     print(f"{'memory':>18} {bandwidth / 1e9:13.4f} GB/s, a plain sum reads so much")
-    print(f"{'precision':>18} {config.precision}, evaluated in fp32; int4 in groups of {config.group_size}")
+    print(f"{'group_size':>18} {config.group_size}, of int4")
     print(f"{'files in':>18} {config.out_dir}, its checkpoint.pt holds {config.quantize}\n")
     nothing = math.log(len(tokenizer.vocab))  # the loss if every token is given the same probability
     if metrics["val_loss"] > nothing:
         print(f"note: knowing nothing gives {nothing:.4f}; is the text too small, the step size too large?\n")
     metrics = metrics | {"version": NAME, "tokens": tokens, "config": asdict(config), "compared": table}
     metrics |= {"device": model.norm.weight.device.type, "threads": torch.get_num_threads()}
-    metrics |= {"torch": torch.__version__, "precision": config.precision, "memory_bandwidth": bandwidth}
+    metrics |= {"torch": torch.__version__, "memory_bandwidth": bandwidth}
     return metrics | {"steps": checkpoint["step"], "history": checkpoint["history"]}
 
 
@@ -871,31 +898,17 @@ class Engine:
 def generate(model, idx, config, show=None):
     """Continue token ids `idx` (B, T) by config.max_new_tokens; return (B, T + max_new_tokens).
 
-    Row i draws with seed config.seed + i. Each new id of row 0 is given to `show`.
+    Row i draws with seed config.seed + i. After each token `show` is given the ids of row 0.
     """
     engine = Engine(model, len(idx))
     for i, ids in enumerate(idx.tolist()):
         engine.add(ids, replace(config, seed=config.seed + i))
     model.eval()
     for _ in range(config.max_new_tokens):
-        new = engine.step()
+        engine.step()
         if show:
-            show(new[0])
+            show(engine.texts[0].ids)
     return idx.new_tensor([text.ids for text in engine.texts])
-
-
-def streamer(tokenizer):
-    """A function that is given id after id and prints their text, each character as soon as it is whole."""
-    held = []
-
-    def show(new):
-        held.append(new)
-        text = tokenizer.decode(held)
-        if not text.endswith("\ufffd"):  # what the first bytes of a character decode to
-            print(text, end="", flush=True)
-            held.clear()
-
-    return show
 
 
 def megabytes(model):
@@ -921,7 +934,9 @@ def main():
     folder, quantizing = find_model(mode, flags), mode in ("train", "resume")
     checkpoint, config = load_checkpoint(mode, flags, folder) if folder else ({}, Config(**flags))
     device = pick_device(config.device)
-    config.precision = pick_precision(config.precision, device)
+    training = mode == "resume" or not folder
+    if training:
+        config.precision = pick_precision(config.precision, device)
     if not folder:
         checkpoint = {"version": NAME, "vocab": new_vocab(config), "step": 0, "seconds": 0.0, "history": []}
     tokenizer = make_tokenizer(checkpoint["vocab"])
@@ -934,7 +949,6 @@ def main():
         train_ids, val_ids = load_splits(config, checkpoint["vocab"])
 
     base = replace(config, out_dir=f"{config.out_dir}/base")  # where a model is trained, if none is found
-    training = mode == "resume" or not folder
     if quantizing:
         try:
             Path((base if training else config).out_dir).mkdir(parents=True, exist_ok=True)
@@ -951,6 +965,8 @@ def main():
         finished = {name: checkpoint[name] for name in ("version", "config", "step", "seconds", "history")}
         Path(base.out_dir, "metrics.json").write_text(json.dumps(finished, indent=1), encoding="utf-8")
     weights = checkpoint["model"]
+    if quantizing:
+        print(f"quantizes the model in {base.out_dir if training else folder}")
     if mode != "sample":
         kinds = KINDS if quantizing else (config.quantize,)
         models = ((kind, load_model(weights, replace(config, quantize=kind), device)) for kind in kinds)
@@ -962,12 +978,17 @@ def main():
         keep_finished(config)
         save_checkpoint(saved | {"model": model.state_dict()}, config)
     if mode != "evaluate":
-        model.to(PRECISIONS[config.precision])
-        if config.stream:
-            print(tokenizer.decode(prompt[0].tolist()), end="")
-        show = streamer(tokenizer) if config.stream else None
-        sample = tokenizer.decode(generate(model, prompt, config, show)[0].tolist())
-        print("" if config.stream else sample)
+        printed = ""
+
+        def show(ids):
+            nonlocal printed
+            text = tokenizer.decode(ids).rstrip("\ufffd")  # without a character that has only begun
+            print(text[len(printed) :], end="", flush=True)
+            printed = text
+
+        sample = generate(model, prompt, config, show if config.stream else None)[0].tolist()
+        sample = tokenizer.decode(sample)
+        print(sample[len(printed) :])
     if quantizing:
         save_report(metrics, sample, config)
 

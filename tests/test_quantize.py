@@ -1,9 +1,13 @@
 """v7: the cache, the engine, int8 and int4, and models that other rungs have trained."""
 
 import importlib
+import io
 import json
 import math
 import shutil
+import subprocess
+import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import pairwise
 
@@ -12,7 +16,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import run_here, run_rung, tiny_config, tiny_flags
+from conftest import ROOT, run_here, run_rung, tiny_config, tiny_flags
 
 import v7_quantize as v7
 
@@ -142,8 +146,8 @@ def test_a_token_costs_one_row_of_products_and_a_full_window_one_more_pass():
     model.blocks[0].register_forward_hook(lambda block, inputs, output: passes.append(output.shape[1]))
     v7.generate(model, torch.tensor([[1, 2, 3]]), config)
     assert passes.count(1) == 40 and passes[0] == 2  # the prompt but for its last token
-    # 43 ids in windows of 8: after the first, each begins with 3 tokens of the one before and the new one
-    assert [n for n in passes if n != 1] == [2] + [3] * 9
+    # Before the steps that read the 9th, 14th, ... 39th id the newer half, 3 and that one, is read again.
+    assert [n for n in passes if n != 1] == [2] + [3] * 7
 
 
 # ---------------------------------------------- int8 and int4 ----------------------------------------------
@@ -176,7 +180,7 @@ def test_int4_is_off_by_half_a_step_at_most(n, k, group_size, shift):
     layer = linear(n, k, shift=shift)
     small = v7.Int4Linear(layer, v7.Config(group_size=group_size))
     step = small.scales[:, :n, 0].T.float().repeat_interleave(group_size, dim=1)[:, :k]
-    assert ((small.float().rows(slice(n)) - layer.weight).abs() <= step * 0.5001).all()
+    assert ((small.rows(slice(n)) - layer.weight).abs() <= step * 0.5001).all()
     assert small.codes.shape == (n + -n % 16, (k + -k % group_size) // 2)
 
 
@@ -199,7 +203,7 @@ def test_codes_of_weights_that_int4_can_hold_come_back(group_size):
     layer.weight.data += zeros.repeat_interleave(group_size, 1)
     small = v7.Int4Linear(layer, v7.Config(group_size=group_size))
     assert torch.equal(small.unpacked(slice(None)), codes)
-    assert torch.equal(small.rows(slice(None)).float(), layer.weight)
+    assert torch.equal(small.rows(slice(None)), layer.weight)
     assert torch.equal(small.scales[..., 0].T.float(), scales)
 
 
@@ -216,42 +220,53 @@ def test_four_numbers_by_hand():
     assert small.unpacked(slice(1))[0, :4].tolist() == [9, 0, 7, 15]
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+MAKERS = {"none": v7.FloatLinear, "int8": v7.Int8Linear, "int4": v7.Int4Linear}
+
+
+@pytest.mark.parametrize("kind", v7.KINDS)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 @pytest.mark.parametrize("group_size", [16, 32, 64, 256])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_are_those_of_the_unpacked_weights(kind, n, k, group_size, dtype):
-    """Few rows go through PyTorch's kernels where these take the shape; many rows and odd shapes do not."""
-    make = {"int8": v7.Int8Linear, "int4": v7.Int4Linear}[kind]
-    layer = linear(n, k)
-    small = make(layer, v7.Config(group_size=group_size)).to(dtype)
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_are_those_of_the_unpacked_weights(kind, n, k, group_size, bias):
+    """With gradients by the unpacked weights, without by PyTorch's kernels, which take x in bfloat16."""
+    layer = linear(n, k, bias=bias)
+    small = MAKERS[kind](layer, v7.Config(group_size=group_size))
     weight = small.rows(slice(n)).double()
-    for shape in ((1, k), (1, 1, k), (3, 5, k), (16, k), (17, k), (2, 100, k)):
-        x = torch.randn(shape).to(dtype)
-        found = small(x)
-        exact = F.linear(x.double(), weight, layer.bias.double())
-        assert found.shape == exact.shape and found.dtype == dtype
-        size = F.linear(x.double().abs(), weight.abs(), layer.bias.double().abs())  # what rounding goes by
-        tolerance = 1e-6 if dtype == torch.float32 else 2**-7
-        assert ((found.double() - exact).abs() <= tolerance * size).all()
+    shift = layer.bias.double() if bias else torch.zeros(n, dtype=torch.float64)
+    for shape in ((1, k), (1, 1, k), (3, 5, k), (16, k), (2, 100, k)):
+        x = torch.randn(shape)
+        exact = F.linear(x.double(), weight, shift)
+        size = F.linear(x.double().abs(), weight.abs(), shift.abs())  # what rounding goes by
+        for grad, tolerance in ((True, 1e-6), (False, 1e-6 if kind == "none" or not small.fits else 2**-7)):
+            with torch.set_grad_enabled(grad):
+                found = small(x)
+            assert found.shape == exact.shape and found.dtype == torch.float32
+            assert ((found.double() - exact).abs() <= tolerance * size).all()
 
 
-def test_few_rows_take_the_fused_kernels_where_they_can(monkeypatch):
+def test_the_kernels_alone_in_float32_are_the_reference():
+    layer, x = linear(48, 64), torch.randn(3, 64)
+    small = v7.Int8Linear(layer, v7.Config())
+    found = torch._weight_int8pack_mm(x, small.codes, small.scales) + layer.bias
+    torch.testing.assert_close(found, small(x), atol=1e-5, rtol=1e-5)
+    small = v7.Int4Linear(layer, v7.Config())
+    packed, group_size, scales = small.packed
+    found = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, scales.float()) + layer.bias
+    torch.testing.assert_close(found, small(x), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_shapes_that_the_kernels_refuse_do_not_reach_them(monkeypatch):
     calls = []
     real = torch._weight_int8pack_mm
     monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *args: calls.append(1) or real(*args))
-    for n, k, rows, fused in (
-        (48, 64, 1, True),
-        (48, 64, 100, False),
-        (64, 68, 1, False),
-        (64, 72, 1, False),
-    ):
+    for n, k, rows, fused in ((48, 64, 1, True), (48, 64, 100, True), (64, 68, 1, False), (64, 72, 1, False)):
         calls.clear()
         v7.Int8Linear(linear(n, k), v7.Config())(torch.randn(rows, k))
         assert bool(calls) == fused, (n, k, rows)
     for n, k, group_size, fused in ((37, 64, 32, True), (37, 64, 16, False), (37, 72, 32, False)):
         small = v7.Int4Linear(linear(n, k), v7.Config(group_size=group_size))
-        small.float()(torch.randn(1, k))
+        small(torch.randn(1, k))
         assert ("packed" in vars(small)) == fused, (n, k, group_size)
 
 
@@ -262,16 +277,25 @@ def test_a_quantized_model_computes_what_its_unpacked_weights_do(kind, sizes):
     model, config = make_model(position="learned", quantize=kind, **sizes)
     plain = v7.LanguageModel(config, V).eval()
     plain.load_state_dict(model.state_dict())
-    small = v7.quantize(model, config).float()
+    small = v7.quantize(model, config)
     for name, module in plain.named_modules():
         if isinstance(module, nn.Linear) or name == "token_embedding":
             module.weight.data = small.get_submodule(name).rows(slice(len(module.weight)))
     idx = torch.randint(V, (2, 8))
-    with torch.inference_mode():
-        torch.testing.assert_close(small(idx), plain(idx), atol=1e-4, rtol=1e-4)
-        assert not torch.equal(small(idx), model(idx) * 0)
-    found = v7.generate(small, idx, replace(config, max_new_tokens=20, greedy=True))
-    assert torch.equal(found, v7.generate(plain, idx, replace(config, max_new_tokens=20, greedy=True)))
+    torch.testing.assert_close(small(idx), plain(idx), atol=1e-4, rtol=1e-4)  # with gradients: unpacked
+    with torch.inference_mode():  # by the kernels, in bfloat16
+        difference = (small(idx) - plain(idx)).abs().max()
+    assert difference < 0.05 * plain(idx).std()
+
+
+@pytest.mark.parametrize("kind", v7.KINDS)
+def test_rows_of_a_quantized_batch_are_what_each_would_be_alone(kind):
+    model, config = make_model(n_embd=64, n_head=4, quantize=kind, greedy=True, max_new_tokens=20)
+    small = v7.quantize(model, config)
+    idx = torch.randint(V, (5, 3))
+    together = v7.generate(small, idx, config)
+    for i in range(5):
+        assert torch.equal(v7.generate(small, idx[i : i + 1], config)[0], together[i])
 
 
 # ------------------------------------ from the command line ------------------------------------
@@ -280,8 +304,6 @@ def test_a_quantized_model_computes_what_its_unpacked_weights_do(kind, sizes):
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     """Folder with models that v5, v6 and v7 have trained in small settings, of 32 numbers in an embedding."""
-    from conftest import ROOT
-
     folder = tmp_path_factory.mktemp("bases")
     text = (ROOT / "input.txt").read_text(encoding="utf-8")[:6000]
     (folder / "input.txt").write_text(text, encoding="utf-8", newline="\n")
@@ -309,7 +331,7 @@ def test_models_of_other_rungs_are_quantized(rung, bases):
     assert ours["params"] == theirs["params"] and ours["tokens"] == theirs["tokens"]
     assert ours["seconds"] == theirs["seconds"] and ours["history"] == theirs["history"]
     assert ours["val_loss"] == ours["compared"]["int8"]["val_loss"]
-    for kind, most in (("int8", 0.002), ("int4", 0.1)):
+    for kind, most in (("int8", 0.02), ("int4", 0.2)):  # of a model that has hardly learned
         assert abs(ours["compared"][kind]["bits_per_char"] - ours["compared"]["none"]["bits_per_char"]) < most
     sizes = [ours["compared"][kind]["megabytes"] for kind in ("none", "int8", "int4")]
     assert sizes == sorted(sizes, reverse=True)
@@ -403,7 +425,8 @@ def test_what_cannot_be_a_base_is_refused(bases, tmp_path):
         ("--max_steps=5", ["--max_steps", "12", "--base none"]),
         ("--learning_rate=0.5", ["--learning_rate"]),
         ("--base=nowhere", ["nowhere", "checkpoint"]),
-        ("--precision=fp16", ["fp16", "bf16"]),
+        ("--precision=fp16", ["--precision", "--base none"]),
+        ("--base=none --precision=fp16", ["fp16", "bf16"]),
     ],
 )
 def test_flags_that_cannot_take_effect_are_refused(flags, words, bases):
@@ -422,14 +445,28 @@ def test_stream_prints_the_same_text_while_it_is_written(bases):
     assert streamed.stdout == plain.stdout
 
 
-def test_stream_shows_whole_characters_only(capsys):
-    tokenizer = importlib.import_module("bpe_tokenizer").BPETokenizer.train("ab ab", 257)
-    show = v7.streamer(tokenizer)
-    printed = []
-    for id in tokenizer.encode("a\u00e9\u4e2d\U0001f9c0b"):
-        show(id)
-        printed.append(capsys.readouterr().out)
-    assert printed == ["a", "", "\u00e9", "", "", "\u4e2d", "", "", "", "\U0001f9c0", "b"]
+def test_stream_shows_whole_characters_only(bases):
+    """What has been printed at any time is the beginning of the sample, whatever bytes a character has."""
+    text = "ab\u00e9\u4e2d\U0001f9c0" * 300
+    (bases / "bytes.txt").write_text(text, encoding="utf-8")
+    flags = tiny_flags(v7, data="bytes.txt", tokenizer="bpe", vocab_size=262, out_dir="bytes")
+    assert run_here(RUNG, *flags, cwd=bases).returncode == 0
+    pieces = []
+
+    class Out(io.StringIO):
+        def write(self, piece):
+            pieces.append(piece)
+            return len(piece)
+
+    argv = [RUNG, "--sample", "--stream", "--out_dir=bytes", "--max_new_tokens=60", "--seed=3"]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(Out()):
+        patch.chdir(bases)
+        patch.setattr(sys, "argv", argv)
+        v7.main()
+    streamed = "".join(pieces)
+    argv.remove("--stream")
+    assert run_here(*argv, cwd=bases).stdout == streamed
+    assert len(pieces) > 30 and not any(piece.endswith("\ufffd") for piece in pieces[:-2])
 
 
 def test_perplexity_and_bits_of_the_table_belong_together(bases):
@@ -437,3 +474,26 @@ def test_perplexity_and_bits_of_the_table_belong_together(bases):
         assert numbers["perplexity"] == pytest.approx(math.exp(numbers["val_loss"]))
         assert numbers["bits_per_char"] == pytest.approx(numbers["val_loss"] / math.log(2))  # of characters
         assert numbers["read_gb_per_second"] > 0 and numbers["decoded_per_second"] > 0
+
+
+def test_the_base_that_is_trained_here_is_that_of_v6(bases):
+    """The recipe of v6 on one process: the same weights to the bit, and the same history."""
+    mine, theirs = (
+        torch.load(bases / "runs" / path / "checkpoint.pt", weights_only=True)
+        for path in (f"{RUNG}/base", "v6_amp_ddp")
+    )
+    assert mine["model"].keys() == theirs["model"].keys()
+    assert all(torch.equal(mine["model"][name], weight) for name, weight in theirs["model"].items())
+    assert [point["val_loss"] for point in mine["history"]] == [p["val_loss"] for p in theirs["history"]]
+
+
+def test_a_plain_checkpoint_can_be_a_base_and_be_exported_and_a_quantized_one_cannot(bases, tmp_path):
+    args = ["--base=runs/v6_amp_ddp", "--quantize=none", "--out_dir=plain", "--max_new_tokens=3"]
+    assert run_here(RUNG, *args, cwd=bases).returncode == 0
+    again = run_here(RUNG, "--base=plain", "--out_dir=again", "--max_new_tokens=3", cwd=bases)
+    assert again.returncode == 0, again.stderr
+    for folder, code in ((bases / "plain", 0), (bases / "again", 1), (bases / "runs" / RUNG / "base", 0)):
+        args = [sys.executable, str(ROOT / "tools/export.py"), str(folder), str(tmp_path / folder.name)]
+        process = subprocess.run(args, capture_output=True, encoding="utf-8")
+        assert process.returncode == code, process.stderr
+        assert code == 0 or (process.stderr.count("\n") == 1 and "quantized" in process.stderr)

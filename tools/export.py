@@ -32,6 +32,8 @@ def load_run(folder):
         sys.exit(f"error: there is no checkpoint in {folder} ({reason})")
     if version not in RUNGS or number(version) < 5:
         sys.exit(f"error: {folder} was trained by {version}; only runs of v5 and later rungs can be exported")
+    if any(name.endswith(".codes") for name in weights):
+        sys.exit(f"error: the model in {folder} is quantized; export the one that it was made from")
     names = ("n_embd", "n_head", "n_layer", "block_size", "position")
     return v5_gpt2.Config(**{name: saved[name] for name in names}), vocab, weights
 
