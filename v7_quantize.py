@@ -599,14 +599,13 @@ def load_checkpoint(mode, flags, folder):
 
 def find_model(mode, flags):
     """Return the folder of the model to begin with, or None if one is to be trained."""
-    base, out_dir = flags.get("base", "auto"), flags.get("out_dir", Config.out_dir)
-    if mode in ("sample", "evaluate"):
-        return out_dir
-    if mode == "resume" or base != "auto":
-        return f"{out_dir}/base" if mode == "resume" else base if base != "none" else None
-    finished = [
-        folder for folder in ("runs/v6_amp_ddp", f"{out_dir}/base") if Path(folder, "metrics.json").exists()
-    ]
+    base, out_dir = flags.get("base", Config.base), flags.get("out_dir", Config.out_dir)
+    own = f"{out_dir}/base"  # where a model is trained, if none is found
+    if mode != "train":
+        return own if mode == "resume" else out_dir
+    if base != "auto":
+        return base if base != "none" else None
+    finished = [folder for folder in ("runs/v6_amp_ddp", own) if Path(folder, "metrics.json").exists()]
     return finished[0] if finished else None
 
 
@@ -948,7 +947,7 @@ def main():
     if mode != "sample":
         train_ids, val_ids = load_splits(config, checkpoint["vocab"])
 
-    base = replace(config, out_dir=f"{config.out_dir}/base")  # where a model is trained, if none is found
+    base = replace(config, out_dir=f"{config.out_dir}/base")
     if quantizing:
         try:
             Path((base if training else config).out_dir).mkdir(parents=True, exist_ok=True)
