@@ -1,9 +1,9 @@
 """v7, week 8: inference: a cache for keys and values, 8-bit and 4-bit weights. Fast, and small.
 
 To write one token a model reads all of its weights: memory, not arithmetic, decides how fast. A KVCache keeps
-what attention has computed, so that a token costs one row and not the whole text. Weights of 8 bits or 4
-(Frantar et al. 2022 call it round to nearest) are fewer bytes to read. An Engine continues several texts at
-once. What is quantized is a model that v5 or v6 has trained (--base), or one that is trained here.
+what attention has computed, so that a token costs one row and not the whole text. An Engine continues several
+texts at once: one reading serves them all. Weights in 8 bits or 4 are fewer bytes to read. The model is one
+that v5 or v6 has trained (--base); if there is none, one is trained first.
 
 Since v6_amp_ddp.py
   added:    Engine, FloatLinear, Int4Linear, Int8Linear, KINDS, KVCache, QUANTIZING, Text, decoding_speed,
@@ -262,10 +262,10 @@ def apply_rope(x, rotation):
 
 
 class KVCache:
-    """The keys and values of all tokens that a model has read, for rows that each have a length of their own.
+    """Keys and values of the tokens that a model has read, in rows that each have a length of their own.
 
-    A token's keys and values depend on no later token, so they are computed once and kept. All of the memory
-    is taken at the start: block_size tokens for each row.
+    A token's keys and values depend on no later token, so they are computed once and kept (Pope et al. 2022).
+    All of the memory is taken at the start: block_size tokens for each row.
     """
 
     def __init__(self, model, n_rows):
@@ -428,7 +428,10 @@ class FloatLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """The same with whole numbers from -127 to 127 and a scale for each row: weight = code * scale."""
+    """The same in whole numbers from -127 to 127 with a scale for each row: weight = code * scale.
+
+    Weights only, symmetric, one scale per output (Jacob et al. 2018).
+    """
 
     def __init__(self, layer, config):
         super().__init__()
@@ -457,10 +460,10 @@ class Int8Linear(nn.Module):
 
 
 class Int4Linear(nn.Module):
-    """The same with whole numbers from 0 to 15, two in a byte: weight = (code - 8) * scale + zero.
+    """The same in whole numbers from 0 to 15, two in a byte: weight = (code - 8) * scale + zero.
 
-    Every group of group_size neighbours in a row has a scale and a zero point. Both are rounded to bfloat16
-    before the codes are computed, which makes up for it. A range that includes 0 keeps the zero point small.
+    Every group of group_size neighbours in a row has a scale and a zero (Dettmers and Zettlemoyer 2023). Both
+    are rounded to bfloat16 before the codes are computed. A range that includes 0 keeps that error small.
     """
 
     def __init__(self, layer, config):
@@ -843,8 +846,9 @@ class Text:
 class Engine:
     """Continues several texts at once, each in a row of a KVCache. It knows ids and no text.
 
-    When a window is full, its older half is forgotten and the newer half read again: one more pass for every
-    block_size / 2 tokens. A window that slides would take one for each: all places change.
+    A row that has ended is free for another text while others go on (Yu et al. 2022). When a window is full,
+    its older half is forgotten and the newer half read again: one more pass for every block_size / 2 tokens.
+    A window that slides would take one for each, as all places change.
     """
 
     def __init__(self, model, n_rows):

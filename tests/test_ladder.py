@@ -26,6 +26,7 @@ ROOMS = {  # and what stands in each of them in every rung
     "sampling": ["generate"],
     "main": ["main"],
 }
+ORDER = ("config", "data", "model", "quantization", "training", "finetuning", "alignment", "sampling", "main")
 STEPS = list(pairwise(RUNGS))
 ALLOWED = {"torch", "numpy", "matplotlib", "tqdm"}
 MOST_LINES_CHANGED = {"v1_mlp": 135, "v2_attention": 90, "v3_gpt": 95, "v4_rope_alibi": 150, "v5_gpt2": 330}
@@ -122,9 +123,7 @@ def test_steps_are_small(rung):
 @pytest.mark.parametrize("rung", RUNGS)
 def test_rooms_stand_in_order(rung):
     banners = re.findall(r"^# -{10,} (\w+) -{10,}$", source(rung), flags=re.M)
-    rooms = [*ROOMS]
-    if rung == "v7_quantize":
-        rooms.insert(rooms.index("model") + 1, "quantization")
+    rooms = [room for room in ORDER if room in ROOMS or (room in banners and number(rung) >= 7)]
     check(banners == rooms, f"{rung}.py: keep the banners of these rooms, in this order: {', '.join(rooms)}.")
     lines = {node.name: node.lineno for node in ast.parse(source(rung)).body if hasattr(node, "name")}
     starts = [source(rung).split(f" {room} -")[0].count("\n") for room in ROOMS]

@@ -411,7 +411,7 @@ def test_a_race_without_nanogpt_is_refused_at_once(tmp_path, monkeypatch):
 
 # --------------------------------------- a rung of one's own ---------------------------------------
 
-OLD, NEW = "v6_amp_ddp", "v7_mine"
+OLD, NEW = "v7_quantize", "v8_mine"
 FIELD = "    squared_relu: bool = False  # square what the ReLU lets through\n"
 CLASS = '''class SquaredReLU(nn.Module):
     """The square of max(0, x)."""
@@ -422,22 +422,26 @@ CLASS = '''class SquaredReLU(nn.Module):
 
 
 '''
-SINCE = """Since v6_amp_ddp.py
+SINCE = """Since v7_quantize.py
   added:    SquaredReLU
   changed:  Config, TransformerBlock
   removed:  -
 """
 # README's steps: where they stand (a pattern), what is written there
 STEPS = {
-    "first line": (r'""".*', '"""v7, week 8: a squared ReLU (So et al. 2021). Does it beat the GELU?'),
+    "first line": (r'""".*', '"""v8, week 9: a squared ReLU (So et al. 2021). Does it beat the GELU?'),
     "result": (r"(?m)^Result: .*$", "Result: not measured yet."),
+    "base": (
+        r"(?m)^    base: str = .*$",
+        '    base: str = "none"  # folder of a trained model, or none: train one',
+    ),
     "field": (r"(?m)^(?=    max_steps: int = )", FIELD),
     "class": (r"(?m)^(?=class TransformerBlock)", CLASS),
     "use": (
         r"nn\.GELU\(approximate=\"tanh\"\),",
         'SquaredReLU() if config.squared_relu else nn.GELU(approximate="tanh"),',
     ),
-    "since": (r"Since v5_gpt2\.py\n(  .*\n)+", SINCE),
+    "since": (r"Since v6_amp_ddp\.py\n(  .*\n)+", SINCE),
 }
 
 
@@ -460,7 +464,7 @@ def new_rung(without=()):
 def test_readme_has_the_steps():
     text = re.sub(r"\n +", "\n", section())
     for name, (_, written) in STEPS.items():
-        lines = written.splitlines() if name != "since" else ["Since v6_amp_ddp.py"]
+        lines = written.splitlines() if name != "since" else ["Since v7_quantize.py"]
         for line in lines:
             assert line.strip() in text, f"{name}: {line}"
 
@@ -478,10 +482,10 @@ def commands():
         (
             "first line",
             "test_docstring_begins_with_number_week_and_idea",
-            'Begin v7_mine.py with a line such as """v7, ',
+            'Begin v8_mine.py with a line such as """v8, ',
         ),
         ("result", "test_docstring_result_is_the_stored_one", "make that line 'Result: not measured yet.'"),
-        ("since", "test_docstring_lists_exactly_what_changed", f"of v7_mine.py these:\n\n{SINCE}"),
+        ("since", "test_docstring_lists_exactly_what_changed", f"of v8_mine.py these:\n\n{SINCE}"),
         (
             "comment",
             "test_config_fields_have_comments_and_classes_have_docstrings",
@@ -498,10 +502,10 @@ def commands():
             "test_rooms_stand_in_order",
             "keep the banners of these rooms, in this order: config, data, ",
         ),
-        ("import", "test_imports_are_allowed", "copy what you need of v6_amp_ddp instead of importing it"),
+        ("import", "test_imports_are_allowed", "copy what you need of v7_quantize instead of importing it"),
         ("library", "test_imports_are_allowed", "do without scipy, a rung imports the standard library and "),
         ("mark", "test_no_marks_of_what_is_new", "say what the code does, not since when"),
-        ("number", "test_every_rung_has_a_number_of_its_own", "rename yours to v8_mine.py"),
+        ("number", "test_every_rung_has_a_number_of_its_own", "rename yours to v9_mine.py"),
     ],
 )
 def test_a_step_that_is_left_out_fails_with_what_to_do(without, test, sentence, tmp_path, monkeypatch):
@@ -513,14 +517,14 @@ def test_a_step_that_is_left_out_fails_with_what_to_do(without, test, sentence, 
         "banner": (" model -", " models -"),
         "import": ("import torch\n", f"import torch\nfrom {OLD} import main\n"),
         "library": ("import torch\n", "import torch\nimport scipy.special\n"),
-        "mark": ("  # square what", "  # new in v7: square what"),
+        "mark": ("  # square what", "  # new in v8: square what"),
     }
     old, new = changes.get(without, ("", ""))
     assert old in text
     (tmp_path / f"{NEW}.py").write_text(text.replace(old, new) if old else text, encoding="utf-8")
     shutil.copy(ROOT / f"{OLD}.py", tmp_path)
     results = {"rungs": {OLD: common.load_results()["rungs"][OLD]}}
-    rungs = [OLD, NEW, "v7_other"] if without == "number" else [OLD, NEW]
+    rungs = [OLD, NEW, "v8_other"] if without == "number" else [OLD, NEW]
     monkeypatch.setattr(test_ladder, "ROOT", tmp_path)
     monkeypatch.setattr(test_ladder, "RUNGS", rungs)
     monkeypatch.setattr(test_ladder, "load_results", lambda: results)
@@ -583,7 +587,7 @@ def test_readmes_steps_make_a_rung_that_passes_and_can_be_undone(tmp_path):
     assert [row.split(" | ")[0] for row in rows] == [f"| [{NEW}.py]({NEW}.py)"]
     row = rows.pop()
     assert (
-        " | 8 | a squared ReLU | " in row
+        " | 9 | a squared ReLU | " in row
         and f" | {stored['val_loss']:.4f} | " in row
         and row.endswith(" | - |")
     )

@@ -21,11 +21,16 @@ GPT2 = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, position="learne
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def gpt2(kind="none", precision="fp32", seed=1):
-    """GPT-2's smallest in our own code, weights at random, as --quantize and --precision say."""
+def plain_gpt2(seed=1):
+    """GPT-2's smallest in our own code, of nn.Linear and nn.Embedding, weights at random."""
     torch.manual_seed(seed)
-    config = v7.Config(**GPT2, quantize=kind, precision=precision, init_std=0.02)
-    return v7.quantize(v7.LanguageModel(config, 50257).eval(), config).to(DTYPES[precision])
+    return v7.LanguageModel(v7.Config(**GPT2, init_std=0.02), 50257).eval()
+
+
+def gpt2(kind="none"):
+    """The same as --quantize says."""
+    model = plain_gpt2()
+    return v7.quantize(model, replace(model.config, quantize=kind))
 
 
 def transformers_gpt2(dtype=torch.float32):
@@ -56,15 +61,6 @@ def in_turn(functions, rounds=ROUNDS):
 
 # ------------------------------------------------ speed ------------------------------------------------
 
-MODELS = [
-    ("none", "fp32"),
-    ("none", "bf16"),
-    ("int8", "fp32"),
-    ("int8", "bf16"),
-    ("int4", "fp32"),
-    ("int4", "bf16"),
-]
-
 
 @torch.inference_mode()
 def decode():
@@ -72,19 +68,16 @@ def decode():
     idx = torch.randint(50257, (1, 32))
     config = v7.Config(greedy=True, max_new_tokens=128)
     functions, size = {}, {}
-
-    def theirs(model):
-        quiet = dict(do_sample=False, eos_token_id=None, pad_token_id=0, max_new_tokens=128)
-        return lambda: model.generate(idx, attention_mask=torch.ones_like(idx), **quiet)
-
     for name, dtype in DTYPES.items():
         model = transformers_gpt2(dtype)
-        functions[f"transformers, {name}"] = theirs(model)
+        quiet = dict(do_sample=False, eos_token_id=None, pad_token_id=0, max_new_tokens=128)
+        quiet["attention_mask"] = torch.ones_like(idx)
+        functions[f"transformers, {name}"] = lambda model=model, quiet=quiet: model.generate(idx, **quiet)
         size[f"transformers, {name}"] = sum(p.nbytes for p in model.parameters())
-    for kind, precision in MODELS:
-        model = gpt2(kind, precision)
-        functions[f"{kind}, {precision}"] = lambda model=model: v7.generate(model, idx, config)
-        size[f"{kind}, {precision}"] = sum(x.nbytes for x in model.state_dict().values())
+    models = {"none, by F.linear": plain_gpt2()} | {kind: gpt2(kind) for kind in v7.KINDS}
+    for name, model in models.items():
+        functions[name] = lambda model=model: v7.generate(model, idx, config)
+        size[name] = 1e6 * v7.megabytes(model)
     seconds = in_turn(functions)
     bandwidth = v7.memory_bandwidth(torch.device("cpu"))
     results = {
@@ -187,9 +180,9 @@ def bits_per_nat(checkpoint, config, val_ids):
 def quantized_in_part(checkpoint, config, wanted):
     """v6's model with those matrices rounded to what int8 or int4 holds whose names `wanted` picks."""
     model = v7.load_model(checkpoint["model"], replace(config, quantize="none"), "cpu")
-    small = v7.load_model(checkpoint["model"], config, "cpu").float()
+    small = v7.load_model(checkpoint["model"], config, "cpu")
     for name, module in model.named_modules():
-        if wanted(name) and isinstance(module, nn.Linear | nn.Embedding) and "position" not in name:
+        if wanted(name) and isinstance(module, v7.FloatLinear):
             module.weight.data = small.get_submodule(name).rows(slice(len(module.weight)))
     return model
 
@@ -225,12 +218,12 @@ def error():
         measure(name, lambda name, part=part: part is not None and part in name, **flags)
     model = v7.load_model(checkpoint["model"], replace(config, quantize="none"), "cpu")
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):  # int4 of what is left without the largest weights
+        if isinstance(module, v7.FloatLinear):  # int4 of what is left without the largest weights
             whole = module.weight.detach()
             large = whole.abs() >= whole.abs().flatten().kthvalue(int(0.99 * whole.numel()))[0]
             rest = copy.deepcopy(module).requires_grad_(False)
             rest.weight[large] = 0
-            rows = v7.Int4Linear(rest, config).float().rows(slice(len(whole)))
+            rows = v7.Int4Linear(rest, config).rows(slice(len(whole)))
             module.weight.data = torch.where(large, whole, rows)
     loss = v7.evaluate(model, val_ids, config)
     results[LARGEST] = {"bits_per_char": loss * factor, "megabytes": None, "val_loss": loss}
@@ -336,18 +329,21 @@ def others():
         if not importlib.util.find_spec(name):
             sys.exit(f"error: this compares with {name}: pip install torchao==0.18.0 bitsandbytes==0.50.2")
     idx, config = torch.randint(50257, (1, 32)), v7.Config(greedy=True, max_new_tokens=64)
-    makers = {"ours, int8": lambda model: v7.quantize(model, replace(model.config, quantize="int8"))}
-    makers["ours, int4"] = lambda model: v7.quantize(model, replace(model.config, quantize="int4")).float()
+    makers = {"ours, none": lambda model: v7.quantize(model, replace(model.config, quantize="none"))}
+    makers |= {"ours, int8": lambda model: v7.quantize(model, replace(model.config, quantize="int8"))}
+    makers["ours, int4"] = lambda model: v7.quantize(model, replace(model.config, quantize="int4"))
     makers |= OTHERS
     functions = {}
     for name, make in makers.items():
-        model = make(copy.deepcopy(gpt2()))
+        model = make(plain_gpt2())
         functions[name] = lambda model=model: v7.generate(model, idx, config)
     seconds = in_turn(functions)
     checkpoint, settings, (_, val_ids) = trained()
     factor, results = bits_per_nat(checkpoint, settings, val_ids), {}
     for name, make in makers.items():
-        model = make(v7.load_model(checkpoint["model"], replace(settings, quantize="none"), "cpu"))
+        model = v7.LanguageModel(settings, settings.vocab_size).eval()
+        v7.load_weights(model, checkpoint["model"])
+        model = make(model)
         loss = v7.evaluate(model, val_ids, settings)
         results[name] = {"tokens_per_second": 64 / seconds[name]["mean"], "bits_per_char": loss * factor}
         results[name] |= {"seconds": seconds[name]}
@@ -380,7 +376,7 @@ def samples():
     tokenizer, texts = v7.make_tokenizer(checkpoint["vocab"]), {}
     prompt = torch.tensor([tokenizer.encode("\n")])
     for kind in v7.KINDS:
-        model = v7.load_model(checkpoint["model"], replace(config, quantize=kind), "cpu").float()
+        model = v7.load_model(checkpoint["model"], replace(config, quantize=kind), "cpu")
         ids = v7.generate(model, prompt, replace(config, max_new_tokens=120))
         texts[kind] = tokenizer.decode(ids[0].tolist())
     return texts
