@@ -183,7 +183,7 @@ def quantized_in_part(checkpoint, config, wanted):
     small = v7.load_model(checkpoint["model"], config, "cpu")
     for name, module in model.named_modules():
         if wanted(name) and isinstance(module, v7.FloatLinear):
-            module.weight.data = small.get_submodule(name).rows(slice(len(module.weight)))
+            module.weight.data = small.get_submodule(name).rows(slice(len(module.weight))).contiguous()
     return model
 
 
