@@ -1,6 +1,6 @@
 """v7, week 8: inference: a cache for keys and values, 8-bit and 4-bit weights. Fast, and small.
 
-To write one token a model reads all of its weights: memory, not arithmetic, decides how fast. A KVCache keeps
+To write one token a model reads all of its weights: for a large one memory decides how fast. A KVCache keeps
 what attention has computed, so that a token costs one row and not the whole text. An Engine continues several
 texts at once: one reading serves them all. Weights in 8 bits or 4 are fewer bytes to read. The model is one
 that v5 or v6 has trained (--base); if there is none, one is trained first.
@@ -264,20 +264,20 @@ def apply_rope(x, rotation):
 class KVCache:
     """Keys and values of the tokens that a model has read, in rows that each have a length of their own.
 
-    A token's keys and values depend on no later token, so they are computed once and kept (Pope et al. 2022).
+    A token's keys and values depend on no later token, so they are computed once and kept (Shazeer 2019).
     All of the memory is taken at the start: block_size tokens for each row.
     """
 
     def __init__(self, model, n_rows):
-        config, like = model.config, model.norm.weight
+        config, device = model.config, model.norm.weight.device
         shape = (config.n_layer, 2, n_rows, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.kept = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.lengths = torch.zeros(n_rows, dtype=torch.long, device=like.device)  # tokens that each row has
+        self.kv = torch.zeros(shape, device=device)
+        self.lengths = torch.zeros(n_rows, dtype=torch.long, device=device)  # tokens that each row has
 
     def row(self, i):
         """A cache of row i alone, in the same memory."""
         part = copy.copy(self)
-        part.kept, part.lengths = self.kept[:, :, i : i + 1], self.lengths[i : i + 1]
+        part.kv, part.lengths = self.kv[:, :, i : i + 1], self.lengths[i : i + 1]
         return part
 
     def make_room(self, T):
@@ -292,8 +292,9 @@ class KVCache:
 
     def extend(self, layer, k, v):
         """Keep k and v (B, n_head, T, head_size) of new tokens; return all, (B, n_head, end, head_size)."""
-        self.kept[layer][:, self.rows, :, self.places] = torch.stack([k, v]).permute(1, 3, 0, 2, 4)
-        return self.kept[layer, :, :, :, : self.end]
+        kv = self.kv[layer]  # (2, B, n_head, block_size, head_size)
+        kv.transpose(2, 3)[:, self.rows, self.places] = torch.stack([k, v]).transpose(2, 3)
+        return kv[:, :, :, : self.end]
 
 
 class MultiHeadAttention(nn.Module):
@@ -366,11 +367,11 @@ class LanguageModel(nn.Module):
         """Token ids (B, T) to what the last norm puts out (B, T, C); they follow those that a `cache` has."""
         x = self.embed(idx)  # (B, T, C)
         T, rotation = idx.shape[1], None
-        places = cache.make_room(T) if cache else torch.arange(T, device=idx.device)[None]  # (B or 1, T)
+        places = torch.arange(T, device=idx.device)[None] if cache is None else cache.make_room(T)
         if self.config.position == "learned":
             x = x + self.position_embedding(places)
         else:
-            rotation = rope_rotation(places, self.config).to(x.dtype)[:, :, None]  # the same for all heads
+            rotation = rope_rotation(places, self.config)[:, :, None]  # the same for all heads
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
             x = block(x, rotation, cache, layer)
@@ -403,73 +404,71 @@ class LanguageModel(nn.Module):
 # ------------------------------------------ quantization ------------------------------------------
 
 
-def kernels_for(x):
-    """Whether PyTorch's kernels take x: on a CPU, without gradients. They read weights as they are stored."""
-    return x.device.type == "cpu" and not torch.is_grad_enabled()
+class QuantizedLinear(nn.Module):
+    """Stands in for an nn.Linear, or for the nn.Embedding that also makes the logits; its weights are (N, K).
+
+    Each kind has `rows`, its weights in float32, and `product`, a kernel of PyTorch's that reads them as they
+    are stored. These kernels check nothing: `fits` says whether they take the shape.
+    """
+
+    def __init__(self, layer):
+        super().__init__()
+        (self.n, self.k), self.bias = layer.weight.shape, getattr(layer, "bias", None)
+
+    def forward(self, x):
+        """x (..., K) to (..., N), as nn.Linear does; with gradients or on a GPU by unpacked weights."""
+        if self.fits and x.device.type == "cpu" and not torch.is_grad_enabled():
+            y = self.product(x.flatten(0, -2))[:, : self.n].unflatten(0, x.shape[:-1])
+        else:
+            y = F.linear(x, self.rows(slice(self.n)))
+        return y if self.bias is None else y + self.bias
 
 
-class FloatLinear(nn.Module):
-    """Stands in for an nn.Linear or an nn.Embedding, weights (N, K) as they are."""
+class FloatLinear(QuantizedLinear):
+    """Weights as they are. oneDNN multiplies a single row with them twice as fast as what nn.Linear calls."""
 
     def __init__(self, layer, config):
-        super().__init__()
-        self.weight, self.bias = layer.weight, getattr(layer, "bias", None)
+        super().__init__(layer)
+        self.weight, self.fits = layer.weight, torch.backends.mkldnn.is_available()
 
     def rows(self, ids):
         """The weights (..., K) of rows `ids` (...), or of a slice of them."""
         return self.weight[ids]
 
-    def forward(self, x):
-        """What nn.Linear computes: x (..., K) to (..., N)."""
-        if kernels_for(x) and torch.backends.mkldnn.is_available():
-            # oneDNN: on some CPUs twice as fast as what F.linear calls, above all for a single row.
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return F.linear(x, self.weight, self.bias)
+    def product(self, x):
+        """x (M, K) to (M, N)."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
 
 
-class Int8Linear(nn.Module):
-    """The same in whole numbers from -127 to 127 with a scale for each row: weight = code * scale.
-
-    Weights only, symmetric, one scale per output (Jacob et al. 2018).
-    """
+class Int8Linear(QuantizedLinear):
+    """Whole numbers from -127 to 127, a scale for each row (Krishnamoorthi 2018): weight = code * scale."""
 
     def __init__(self, layer, config):
-        super().__init__()
-        self.bias, self.fits = getattr(layer, "bias", None), layer.weight.shape[1] % 16 == 0
-        scales = layer.weight.abs().amax(dim=1).clamp(min=1e-12) / 127
+        super().__init__(layer)
+        self.fits = self.k % 16 == 0
+        scales = (layer.weight.abs().amax(dim=1).clamp(min=1e-12) / 127).bfloat16()
         self.register_buffer("scales", scales)  # (N,)
         self.register_buffer("codes", (layer.weight / scales[:, None]).round().to(torch.int8))  # (N, K)
 
     def rows(self, ids):
         """The weights (..., K) of rows `ids` (...), or of a slice of them."""
-        return self.codes[ids] * self.scales[ids, None]
+        return self.codes[ids] * self.scales[ids, None].float()
 
-    @cached_property
-    def packed(self):
-        """What the kernel takes: codes and scales."""
-        return self.codes, self.scales.bfloat16()
-
-    def forward(self, x):
-        """What nn.Linear computes: x (..., K) to (..., N)."""
-        if self.fits and kernels_for(x):  # fast in bfloat16 only
-            y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), *self.packed)
-            y = y.to(x.dtype).unflatten(0, x.shape[:-1])
-        else:
-            y = F.linear(x, self.codes.to(x.dtype)) * self.scales
-        return y if self.bias is None else y + self.bias
+    def product(self, x):
+        """x (M, K) to (M, N); the kernel is fast in bfloat16 only."""
+        return torch._weight_int8pack_mm(x.bfloat16(), self.codes, self.scales).float()
 
 
-class Int4Linear(nn.Module):
-    """The same in whole numbers from 0 to 15, two in a byte: weight = (code - 8) * scale + zero.
+class Int4Linear(QuantizedLinear):
+    """Whole numbers from 0 to 15, two in a byte: weight = (code - 8) * scale + zero.
 
-    Every group of group_size neighbours in a row has a scale and a zero (Dettmers and Zettlemoyer 2023). Both
-    are rounded to bfloat16 before the codes are computed. A range that includes 0 keeps that error small.
+    Every group of group_size neighbours in a row has a scale and a zero (Shen et al. 2020). Both are rounded
+    to bfloat16 before the codes are computed. A range that includes 0 keeps the error of that small.
     """
 
     def __init__(self, layer, config):
-        super().__init__()
-        self.bias, self.group_size = getattr(layer, "bias", None), config.group_size
-        self.n, self.k = layer.weight.shape
+        super().__init__(layer)
+        self.group_size = config.group_size
         self.fits = self.k % self.group_size == 0 and self.group_size >= 32
         # Zeros at the ends make whole groups, and the whole 16s of rows that the kernel takes.
         weight = F.pad(layer.weight, (0, -self.k % self.group_size, 0, -self.n % 16))
@@ -480,7 +479,8 @@ class Int4Linear(nn.Module):
         codes = ((groups - zeros[..., None]) / scales[..., None] + 8).round().clamp(0, 15)
         codes = codes.flatten(1).to(torch.uint8)
         self.register_buffer("codes", codes[:, ::2] << 4 | codes[:, 1::2])  # (N, K / 2)
-        self.register_buffer("scales", torch.stack([scales.T, zeros.T], dim=2).contiguous())  # (groups, N, 2)
+        self.register_buffer("scales", scales)  # (N, groups)
+        self.register_buffer("zeros", zeros)
 
     def unpacked(self, ids):
         """The codes (..., K) of rows `ids` (...), one in a byte."""
@@ -488,33 +488,26 @@ class Int4Linear(nn.Module):
 
     def rows(self, ids):
         """The weights (..., K) of rows `ids` (...), or of a slice of them."""
-        scales, zeros = (
-            self.scales[:, ids].float().movedim(0, -2).unsqueeze(-2).unbind(-1)
-        )  # (..., groups, 1)
         codes = self.unpacked(ids).unflatten(-1, (-1, self.group_size)).float()
-        return ((codes - 8) * scales + zeros).flatten(-2)[..., : self.k]
+        weight = (codes - 8) * self.scales[ids, :, None] + self.zeros[ids, :, None]
+        return weight.flatten(-2)[..., : self.k]
 
     @cached_property
     def packed(self):
-        """What the kernel takes: codes, in an order that depends on the machine, group size, scales."""
-        pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
-        return pack(self.unpacked(slice(None)).int(), 1), self.group_size, self.scales.bfloat16()
+        """What the kernel takes: codes in an order that depends on the machine, group size, scales, zeros."""
+        codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(self.unpacked(slice(None)).int(), 1)
+        return codes, self.group_size, torch.stack([self.scales.T, self.zeros.T], dim=2).contiguous()
 
-    def forward(self, x):
-        """What nn.Linear computes: x (..., K) to (..., N)."""
-        if self.fits and kernels_for(x):  # fast in bfloat16 only
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.flatten(0, -2).bfloat16(), *self.packed)
-            y = y[:, : self.n].to(x.dtype).unflatten(0, x.shape[:-1])
-        else:
-            y = F.linear(x, self.rows(slice(self.n)).to(x.dtype))
-        return y if self.bias is None else y + self.bias
+    def product(self, x):
+        """x (M, K) to (M, N); the kernel is fast in bfloat16 only."""
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), *self.packed).float()
 
 
 @torch.no_grad()
 def quantize(model, config):
     """Replace the linear layers and the token embedding of a model as --quantize says; return the model."""
     make = {"none": FloatLinear, "int8": Int8Linear, "int4": Int4Linear}[config.quantize]
-    for parent in [part for block in model.blocks for part in block.modules()]:
+    for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear):
                 setattr(parent, name, make(child, config))
@@ -569,9 +562,11 @@ def load_checkpoint(mode, flags, folder):
     kinds = {field.name: field.type for field in fields(Config)}
     try:
         checkpoint = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
-        if not re.match("v[5-9]_" if mode == "train" else NAME, checkpoint["version"]):
+        if not re.fullmatch(rf"v[5-9]_\w+|{NAME}" if mode == "train" else NAME, checkpoint["version"]):
             raise ValueError(f"saved by {checkpoint['version']}")
-        known = {name: value for name, value in checkpoint["config"].items() if name in kinds}
+        # What is done with a base is not its own, nor is how precisely it was trained.
+        foreign = (*MAY_CHANGE["train"], "precision") if mode == "train" else ()
+        known = {k: v for k, v in checkpoint["config"].items() if k in kinds and k not in foreign}
         saved = {name: kinds[name](value) for name, value in known.items()}
         parts = {"vocab": (str, dict), "history": list, "step": int, "seconds": float, "model": dict}
         parts |= {"last": dict, "optimizer": dict} if mode == "resume" else {}
@@ -582,21 +577,18 @@ def load_checkpoint(mode, flags, folder):
             raise ValueError("quantized already")
     except Exception as error:  # a file that is missing, cut short or something else altogether
         reason, who = str(error).split("\n")[0], "v5 to v9" if mode == "train" else NAME
-        sys.exit(f"error: no checkpoint of {who} in {folder} ({reason}); train first: python {NAME}.py")
-    if mode == "train":  # what is done with a base is not its own
-        foreign = (*MAY_CHANGE["train"], "precision")
-        saved = {name: value for name, value in saved.items() if name not in foreign}
+        anew = "" if mode in ("sample", "evaluate") else " --base none"
+        sys.exit(f"error: no checkpoint of {who} in {folder} ({reason}); train first: python {NAME}.py{anew}")
     saved = asdict(Config(**saved)) | {"out_dir": flags.get("out_dir", Config.out_dir)}
     may_change = MAY_CHANGE[mode]
     if mode == "resume" and flags.get("max_steps", saved["max_steps"]) <= checkpoint["step"]:
         may_change = SAMPLING + QUANTIZING  # nothing is left to train
-    if checkpoint["step"] < saved["max_steps"] and Path(folder, "checkpoint.previous.pt").exists():
-        hint = "to get back the one before it, rename checkpoint.previous.pt to checkpoint.pt"
-        print(f"note: the run in {folder} is not finished; {hint}", file=sys.stderr)
+    if mode == "train" and checkpoint["step"] < saved["max_steps"]:
+        print(f"note: the training of the model in {folder} is not finished", file=sys.stderr)
     for name, value in flags.items():
         if value != saved[name] and name not in may_change:
             reason = f"--{name} cannot change, it is {saved[name]!r} in the model in {folder}"
-            sys.exit(f"error: {reason}; leave out that flag or train anew: --base none")
+            sys.exit(f"error: {reason}; leave out that flag or train anew: python {NAME}.py --base none")
     return checkpoint, Config(**saved | flags)
 
 
@@ -607,9 +599,11 @@ def find_model(mode, flags):
     if mode != "train":
         return own if mode == "resume" else out_dir
     if base != "auto":
+        if Path(base).resolve() == Path(out_dir).resolve():
+            sys.exit(f"error: --base {base} would be overwritten; name another folder: --out_dir")
         return base if base != "none" else None
-    finished = [folder for folder in ("runs/v6_amp_ddp", own) if Path(folder, "metrics.json").exists()]
-    return finished[0] if finished else None
+    finished = (folder for folder in ("runs/v6_amp_ddp", own) if Path(folder, "metrics.json").exists())
+    return next(finished, None)
 
 
 def load_weights(model, weights):
@@ -629,7 +623,12 @@ def load_model(weights, config, device):
             quantize(model, config)
     model.to_empty(device=device)
     load_weights(model, weights)
-    return model if before else quantize(model, config)
+    model = model if before else quantize(model, config)
+    fast = device == "cpu" and all(getattr(part, "fits", True) for part in model.modules())
+    if config.quantize != "none" and not fast:
+        unpacked = f"weights of {config.quantize} are unpacked for each product"
+        print(f"note: there is no fast kernel for this shape or device: {unpacked}", file=sys.stderr)
+    return model
 
 
 def make_optimizers(model, config):
@@ -665,8 +664,7 @@ def train(model, train_ids, val_ids, config, checkpoint):
     checkpoint["model"] holds the weights of the lowest val loss, checkpoint["last"] those to go on from.
     """
     device = next(model.parameters()).device
-    dtype = PRECISIONS[config.precision]
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    autocast = torch.autocast(device.type, PRECISIONS[config.precision], enabled=config.precision != "fp32")
     optimizers = make_optimizers(model, config)
     if "last" in checkpoint:
         load_weights(model, checkpoint["last"])
@@ -726,23 +724,33 @@ def train(model, train_ids, val_ids, config, checkpoint):
         sys.exit("\nstopped after the last step, which is saved; the same command with --resume goes on")
 
 
-def decoding_speed(model, ids):
-    """Return what a greedy text of 128 tokens after 32 of `ids` (N,) takes, all weights read for each."""
-    engine = Engine(model, 1)
-    engine.add(ids[:32].tolist(), Config(greedy=True, max_new_tokens=128))
-    engine.step()  # the first one puts the weights in order
-    start = time.perf_counter()
-    for _ in range(127):
-        engine.step()
-    speed = 127 / (time.perf_counter() - start)
-    return {"decoded_per_second": speed, "read_gb_per_second": speed * megabytes(model) / 1000}
+def memory_bandwidth(device):
+    """Bytes a second that a sum over a large tensor reads, the best of five."""
+    x, speeds = torch.ones(2**27, device=device), []
+    for _ in range(5):
+        start = time.perf_counter()
+        x.sum().item()
+        speeds.append(x.nbytes / (time.perf_counter() - start))
+    return max(speeds)
+
+
+def decoding_speed(model, ids, n_rows):
+    """Tokens a second of n_rows greedy texts together, 64 each after 32 of `ids` (N,), the best of three."""
+    engine, speeds = Engine(model, n_rows), []
+    for _ in range(3):
+        rows = [engine.add(ids[:32].tolist(), Config(greedy=True, max_new_tokens=65)) for _ in range(n_rows)]
+        engine.step()  # the very first one packs the weights
+        start = time.perf_counter()
+        for _ in range(64):
+            engine.step()
+        speeds.append(64 * n_rows / (time.perf_counter() - start))
+        for row in rows:
+            engine.remove(row)
+    return max(speeds)
 
 
 def report(models, tokenizer, train_ids, val_ids, config, checkpoint):
-    """Evaluate models, pairs of a name and a model, on the whole validation split; print a table.
-
-    Return what metrics.json will hold.
-    """
+    """Evaluate models {kind: model}; print a table; return what metrics.json will hold."""
     grad_accum = checkpoint["config"].get("grad_accum", 1)  # if v6 has trained the model
     tokens = checkpoint["step"] * grad_accum * config.batch_size * config.block_size
     # A token may be several characters: as many as it has bytes that begin one. Special tokens are no text.
@@ -752,39 +760,37 @@ def report(models, tokenizer, train_ids, val_ids, config, checkpoint):
     n_chars = sum(chars_of[ids.long()].sum().item() for ids in val_ids[1:].split(2**20))
     with torch.device("meta"):  # shapes without numbers
         params = sum(p.numel() for p in LanguageModel(config, config.vocab_size).parameters())
-    table = {}
-    for name, model in models:
-        size = megabytes(model)
-        if not all(getattr(part, "fits", True) for part in model.modules()):
-            print(f"note: PyTorch has no kernel for {name} in this shape, its weights are unpacked each time")
-        val_loss = evaluate(model, val_ids, config)
-        table[name] = {
-            "params": params,
-            "megabytes": size,
-            "seconds": checkpoint["seconds"],
-            "tokens_per_second": tokens / (checkpoint["seconds"] or 1),  # none if only evaluated
+    bandwidth, table = memory_bandwidth(next(iter(models.values())).norm.weight.device), {}
+    for kind, model in models.items():
+        size = sum(x.nbytes for x in model.state_dict().values())  # all of it is read for each token
+        val_loss, speed = evaluate(model, val_ids, config), decoding_speed(model, val_ids, 1)
+        table[kind] = {
+            "megabytes": size / 1e6,
             "train_loss": evaluate(model, train_ids[: len(val_ids)], config),  # as much text as for val_loss
             "val_loss": val_loss,
             "perplexity": math.exp(min(val_loss, 700)),  # a float holds no more
             "bits_per_char": val_loss * (len(val_ids) - 1) / n_chars / math.log(2),
+            "ms_per_token": 1000 / speed,
+            "new_tokens_per_second": speed,
+            "the_same_for_8_texts": decoding_speed(model, val_ids, 8),
+            "gb_read_per_second": speed * size / 1e9,
+            "share_of_bandwidth": speed * size / bandwidth,
         }
-        table[name] |= decoding_speed(model, val_ids)
-    metrics = table[config.quantize]
-    print(f"{'quantize':>18}" + "".join(f"{name:>14}" for name in table))
-    for name in metrics:
-        values = [f"{numbers[name]:,.4f}".removesuffix(".0000") for numbers in table.values()]
-        print(f"{name:>18}" + "".join(f"{value:>14}" for value in values))
-    bandwidth = memory_bandwidth(model.norm.weight.device)
-    print(f"{'memory':>18} {bandwidth / 1e9:13.4f} GB/s, a plain sum reads so much")
-    print(f"{'group_size':>18} {config.group_size}, of int4")
-    print(f"{'files in':>18} {config.out_dir}, its checkpoint.pt holds {config.quantize}\n")
+    metrics = {"params": params, "seconds": checkpoint["seconds"]}
+    metrics |= {"tokens_per_second": tokens / (checkpoint["seconds"] or 1), "memory_bandwidth": bandwidth}
+    print(f"\n{'parameters':>22} {params:,}, trained in {checkpoint['seconds']:,.0f} s")
+    print(f"{'memory':>22} gives {bandwidth / 1e9:.1f} GB/s to a plain sum")
+    print(f"{'quantize':>22}" + "".join(f"{kind:>12}" for kind in table))
+    for name in table[config.quantize]:
+        print(f"{name:>22}" + "".join(f"{numbers[name]:12,.4f}" for numbers in table.values()))
+    print(f"{'files in':>22} {config.out_dir}: {config.quantize}, groups of {config.group_size} if int4\n")
+    metrics |= table[config.quantize]
     nothing = math.log(len(tokenizer.vocab))  # the loss if every token is given the same probability
     if metrics["val_loss"] > nothing:
         print(f"note: knowing nothing gives {nothing:.4f}; is the text too small, the step size too large?\n")
-    metrics = metrics | {"version": NAME, "tokens": tokens, "config": asdict(config), "compared": table}
+    metrics |= {"version": NAME, "tokens": tokens, "config": asdict(config), "torch": torch.__version__}
     metrics |= {"device": model.norm.weight.device.type, "threads": torch.get_num_threads()}
-    metrics |= {"torch": torch.__version__, "memory_bandwidth": bandwidth}
-    return metrics | {"steps": checkpoint["step"], "history": checkpoint["history"]}
+    return metrics | {"steps": checkpoint["step"], "history": checkpoint["history"], "compared": table}
 
 
 def save_report(metrics, sample, config):
@@ -803,8 +809,9 @@ def save_report(metrics, sample, config):
     fig.savefig(Path(config.out_dir, "loss.png"))
 
     fig, ax = plt.subplots(layout="constrained")
-    for name, numbers in metrics["compared"].items():
-        ax.plot(numbers["megabytes"], numbers["bits_per_char"], "o", label=name)
+    for kind, numbers in metrics["compared"].items():
+        label = f"{kind}: {numbers['ms_per_token']:.2f} ms a token"
+        ax.plot(numbers["megabytes"], numbers["bits_per_char"], "o", label=label)
     ax.set(xlabel="size of the weights (MB)", ylabel="bits per character", xlim=(0, None))
     ax.legend()
     fig.savefig(Path(config.out_dir, "quantization.png"))
@@ -820,7 +827,7 @@ def sample_next(logits, config, generator):
     """
     if config.greedy:
         return logits.argmax(dim=-1, keepdim=True)
-    logits, ids = logits.float().sort(dim=-1, descending=True)
+    logits, ids = logits.sort(dim=-1, descending=True)
     probs = ((logits - logits[:, :1]) / config.temperature).softmax(dim=-1)  # (B, V), likeliest first
     if config.top_k:
         probs[:, config.top_k :] = 0
@@ -832,15 +839,15 @@ def sample_next(logits, config, generator):
 
 
 @dataclass
-class Text:
+class Sequence:
     """What an Engine knows of a text that it continues."""
 
     ids: list  # all of it, the prompt first
     config: Config  # how to sample
-    generator: torch.Generator  # its own, so that the other rows do not matter
-    left: int  # tokens that it may still get; with 0 it has ended
     stop: int | None  # the id that ends it
+    n_left: int  # tokens that it may still get; with 0 it has ended
     start: int  # where its window begins
+    generator: torch.Generator  # its own, so that the other rows do not matter
 
 
 class Engine:
@@ -852,50 +859,56 @@ class Engine:
     """
 
     def __init__(self, model, n_rows):
-        self.model, self.cache, self.texts = model.eval(), KVCache(model, n_rows), [None] * n_rows
+        self.model, self.cache = model.eval(), KVCache(model, n_rows)
+        self.sequences = [None] * n_rows  # None: the row is free
 
     def add(self, ids, config, stop=None):
-        """Take in a list of ids, to be continued as `config` says; return its row, one that was free."""
-        row = self.texts.index(None)
-        generator = torch.Generator(self.cache.lengths.device).manual_seed(config.seed)
+        """Take in a list of ids, to be continued as `config` says; return its row. ValueError: none free."""
+        row = self.sequences.index(None)
+        if not ids:
+            raise ValueError("a text to be continued needs at least one id")
         start = max(0, len(ids) - self.model.config.block_size)
-        self.texts[row] = Text(list(ids), config, generator, config.max_new_tokens, stop, start)
-        self.prefill(row)
+        generator = torch.Generator(self.cache.lengths.device).manual_seed(config.seed)
+        sequence = Sequence(list(ids), config, stop, config.max_new_tokens, start, generator)
+        self.prefill(row, sequence)
+        self.sequences[row] = sequence
         return row
 
     def remove(self, row):
         """Free a row for another text; return the ids of the one that it had."""
-        text, self.texts[row], self.cache.lengths[row] = self.texts[row], None, 0
-        return text.ids
+        sequence, self.sequences[row] = self.sequences[row], None
+        return sequence.ids
 
     @torch.inference_mode()
-    def prefill(self, row):
+    def prefill(self, row, sequence):
         """Read the window of a text but for its last id, in one pass."""
-        text, cache = self.texts[row], self.cache.row(row)
+        cache = self.cache.row(row)
         cache.lengths.zero_()
-        if ids := text.ids[text.start : -1]:
+        if ids := sequence.ids[sequence.start : -1]:
             self.model.hidden_states(torch.tensor([ids], device=cache.lengths.device), cache)
-            cache.lengths += len(ids)
 
     @torch.inference_mode()
     def step(self):
         """Read the last id of each text that goes on and draw the next one; return {row: id}."""
-        T, going = self.model.config.block_size, {}
-        for row, text in enumerate(self.texts):
-            if text and text.left:
-                going[row] = text
-                if len(text.ids) - text.start > T:
-                    text.start = len(text.ids) - max(1, T // 2)
-                    self.prefill(row)
-        last = [[text.ids[-1] if text else 0] for text in self.texts]  # (n_rows, 1), rows that rest too
-        x = self.model.hidden_states(torch.tensor(last, device=self.cache.lengths.device), self.cache)
+        going = {row: sequence for row, sequence in enumerate(self.sequences) if sequence and sequence.n_left}
+        if not going:
+            return {}
+        T, n_rows, device = self.model.config.block_size, len(self.sequences), self.cache.lengths.device
+        last, lengths = [[0]] * n_rows, [0] * n_rows  # of a row that rests the first place is overwritten
+        for row, sequence in going.items():
+            if len(sequence.ids) - sequence.start > T:
+                sequence.start = len(sequence.ids) - max(1, T // 2)
+                self.prefill(row, sequence)
+            last[row], lengths[row] = sequence.ids[-1:], len(sequence.ids) - 1 - sequence.start
+        self.cache.lengths.copy_(torch.tensor(lengths))
+        x = self.model.hidden_states(torch.tensor(last, device=device), self.cache)
         logits = self.model.logits(x[:, -1])  # (n_rows, V)
-        for row, text in going.items():
-            self.cache.lengths[row] += 1
-            text.ids.append(sample_next(logits[row : row + 1], text.config, text.generator).item())
-            text.left = 0 if text.ids[-1] == text.stop else text.left - 1
-            self.cache.lengths[row] *= text.left > 0  # a text that has ended needs no more room
-        return {row: text.ids[-1] for row, text in going.items()}
+        drawn = [sample_next(logits[row : row + 1], s.config, s.generator) for row, s in going.items()]
+        new = dict(zip(going, torch.cat(drawn)[:, 0].tolist(), strict=True))
+        for row, sequence in going.items():
+            sequence.ids.append(new[row])
+            sequence.n_left = 0 if new[row] == sequence.stop else sequence.n_left - 1
+        return new
 
 
 def generate(model, idx, config, show=None):
@@ -910,23 +923,8 @@ def generate(model, idx, config, show=None):
     for _ in range(config.max_new_tokens):
         engine.step()
         if show:
-            show(engine.texts[0].ids)
-    return idx.new_tensor([text.ids for text in engine.texts])
-
-
-def megabytes(model):
-    """Size of a model's weights."""
-    return sum(x.nbytes for x in model.state_dict().values()) / 1e6
-
-
-def memory_bandwidth(device):
-    """Bytes a second that a sum over a large tensor reads, the best of five."""
-    x, speeds = torch.ones(2**27, device=device), []
-    for _ in range(5):
-        start = time.perf_counter()
-        x.sum().item()
-        speeds.append(x.nbytes / (time.perf_counter() - start))
-    return max(speeds)
+            show(engine.sequences[0].ids)
+    return idx.new_tensor([sequence.ids for sequence in engine.sequences])
 
 
 # ---------------------------------------------- main ----------------------------------------------
@@ -967,14 +965,15 @@ def main():
         train(model, train_ids, val_ids, base, checkpoint)
         finished = {name: checkpoint[name] for name in ("version", "config", "step", "seconds", "history")}
         Path(base.out_dir, "metrics.json").write_text(json.dumps(finished, indent=1), encoding="utf-8")
-    weights = checkpoint["model"]
     if quantizing:
-        print(f"quantizes the model in {base.out_dir if training else folder}")
+        config.base = base.out_dir if training else folder
+        print(f"quantizes the model in {config.base}")
+    models = {}
+    for kind in KINDS if quantizing else (config.quantize,):
+        models[kind] = load_model(checkpoint["model"], replace(config, quantize=kind), device)
+    model = models[config.quantize]
     if mode != "sample":
-        kinds = KINDS if quantizing else (config.quantize,)
-        models = ((kind, load_model(weights, replace(config, quantize=kind), device)) for kind in kinds)
         metrics = report(models, tokenizer, train_ids, val_ids, config, checkpoint)
-    model = load_model(weights, config, device)
     if quantizing:
         saved = {name: checkpoint[name] for name in ("vocab", "step", "seconds", "history")}
         saved |= {"version": NAME, "config": checkpoint["config"] | asdict(config)}

@@ -313,7 +313,12 @@ def flag(name, value):
 
 def told(process):
     """What a run printed, without the speeds that v7 measures."""
-    return re.sub(r"^ *(decoded_per_second|read_gb_per_second|memory) .*\n", "", process.stdout, flags=re.M)
+    return re.sub(
+        r"^ *(ms_per_token|new_tokens_|the_same_for_|gb_read_|share_of_|memory ).*\n",
+        "",
+        process.stdout,
+        flags=re.M,
+    )
 
 
 def outcome(rung, out):

@@ -41,6 +41,11 @@ def transformers_gpt2(dtype=torch.float32):
     return GPT2LMHeadModel(GPT2Config()).eval().to(dtype)
 
 
+def n_bytes(model):
+    """Bytes of a model's weights."""
+    return sum(x.nbytes for x in model.state_dict().values())
+
+
 def seconds_of(function):
     """How long a call takes."""
     start = time.perf_counter()
@@ -73,11 +78,11 @@ def decode():
         quiet = dict(do_sample=False, eos_token_id=None, pad_token_id=0, max_new_tokens=128)
         quiet["attention_mask"] = torch.ones_like(idx)
         functions[f"transformers, {name}"] = lambda model=model, quiet=quiet: model.generate(idx, **quiet)
-        size[f"transformers, {name}"] = sum(p.nbytes for p in model.parameters())
+        size[f"transformers, {name}"] = sum(p.nbytes for p in model.parameters())  # tied weights once
     models = {"none, by F.linear": plain_gpt2()} | {kind: gpt2(kind) for kind in v7.KINDS}
     for name, model in models.items():
         functions[name] = lambda model=model: v7.generate(model, idx, config)
-        size[name] = 1e6 * v7.megabytes(model)
+        size[name] = n_bytes(model)
     seconds = in_turn(functions)
     bandwidth = v7.memory_bandwidth(torch.device("cpu"))
     results = {
@@ -210,7 +215,7 @@ def error():
     def measure(name, wanted, **flags):
         small = replace(config, **flags)
         model = quantized_in_part(checkpoint, small, wanted)
-        size = sum(x.nbytes for x in v7.load_model(checkpoint["model"], small, "cpu").state_dict().values())
+        size = n_bytes(v7.load_model(checkpoint["model"], small, "cpu"))
         loss = v7.evaluate(model, val_ids, config)
         results[name] = {"bits_per_char": loss * factor, "megabytes": size / 1e6, "val_loss": loss}
 
