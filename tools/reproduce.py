@@ -72,6 +72,13 @@ def lines_changed(rung):
 def result_line(metrics):
     """The `Result:` line of a rung's docstring."""
     machine = f"{metrics['threads']} CPU cores" if metrics["device"] == "cpu" else metrics["device"]
+    if compared := metrics.get("compared"):  # from v7 on, a model in fewer bytes
+        plain, kind = compared["none"], metrics["config"]["quantize"]
+        return (
+            f"Result: {kind} {metrics['megabytes']:.2f} MB, {metrics['bits_per_char']:.2f} bits/char, "
+            f"{metrics['new_tokens_per_second']:.0f} tokens/s; as it was {plain['megabytes']:.2f} MB, "
+            f"{plain['bits_per_char']:.2f}, {plain['new_tokens_per_second']:.0f} on {machine}."
+        )
     return (
         f"Result: val loss {metrics['val_loss']:.4f}, {metrics['bits_per_char']:.2f} bits/char, "
         f"{metrics['params']:,} parameters, {metrics['seconds']:.0f} s on {machine}."
@@ -102,7 +109,9 @@ def ladder_table(results):
     for rung in [rung for rung in RUNGS if rung in results["rungs"]]:
         m, (week, idea) = results["rungs"][rung], week_and_idea(rung)
         numbers = [f"{m['params']:,}", f"{m['val_loss']:.4f}", f"{m['bits_per_char']:.2f}"]
-        numbers += [f"{m['seconds']:.0f}", share_of_nanogpt(m, results), lines_changed(rung) or "-"]
+        seconds = [f"{m['seconds']:.0f}", share_of_nanogpt(m, results)]
+        numbers += ["-", "-"] if "compared" in m else seconds  # there the training is another rung's
+        numbers.append(lines_changed(rung) or "-")
         has_log = (LOGS / f"week_{week}.md").exists()
         log = f"[week {week}](logs/week_{week}.md)" if has_log else "-"
         rows.append([f"[{rung}.py]({rung}.py)", week, idea, *numbers, log])
@@ -134,6 +143,9 @@ def readme_blocks(results):
 def plot_ladder(results):
     """Write logs/ladder.png: the validation curves of all rungs over training time, and how each ends."""
     runs = {rung: results["rungs"][rung] for rung in RUNGS if rung in results["rungs"]}
+    runs = {
+        rung: run for rung, run in runs.items() if "compared" not in run
+    }  # which another rung has trained
     fig, ax = plt.subplots(figsize=(8, 4.8), layout="constrained")
     for i, (rung, run) in enumerate(runs.items()):
         seconds = [point["seconds"] for point in run["history"]]

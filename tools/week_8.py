@@ -280,42 +280,33 @@ def torchao_dynamic(model):
     return model
 
 
-def bitsandbytes_nf4(model):
-    """bitsandbytes' 4-bit NormalFloat (Dettmers et al. 2023)."""
-    import bitsandbytes as bnb
-
+def bitsandbytes_linears(model, make, multiple=1):
+    """The model with make(in, out, bias) for each linear layer whose outputs are a multiple of that."""
     model = with_head(model)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                bias = child.bias is not None
-                small = bnb.nn.Linear4bit(
-                    child.in_features,
-                    child.out_features,
-                    bias=bias,
-                    compute_dtype=torch.float32,
-                    quant_type="nf4",
-                )
+            if isinstance(child, nn.Linear) and child.out_features % multiple == 0:
+                small = make(child.in_features, child.out_features, child.bias is not None)
                 small.load_state_dict(child.state_dict())
                 setattr(parent, name, small.to("cpu"))
     return model
+
+
+def bitsandbytes_nf4(model):
+    """bitsandbytes' 4-bit NormalFloat (Dettmers et al. 2023); its CPU kernel refuses 50,257 outputs."""
+    from bitsandbytes.nn import Linear4bit
+
+    options = dict(compute_dtype=torch.float32, quant_type="nf4")
+    return bitsandbytes_linears(model, lambda k, n, bias: Linear4bit(k, n, bias=bias, **options), 64)
 
 
 def bitsandbytes_int8(model):
     """bitsandbytes' int8 (Dettmers et al. 2022)."""
-    import bitsandbytes as bnb
+    from bitsandbytes.nn import Linear8bitLt
 
-    model = with_head(model)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                bias = child.bias is not None
-                small = bnb.nn.Linear8bitLt(
-                    child.in_features, child.out_features, bias=bias, has_fp16_weights=False
-                )
-                small.load_state_dict(child.state_dict())
-                setattr(parent, name, small.to("cpu"))
-    return model
+    return bitsandbytes_linears(
+        model, lambda k, n, bias: Linear8bitLt(k, n, bias=bias, has_fp16_weights=False)
+    )
 
 
 OTHERS = {
