@@ -5,6 +5,8 @@
 
 import copy
 import importlib.util
+import json
+import statistics
 import sys
 import time
 from dataclasses import replace
@@ -100,6 +102,26 @@ def decode():
 
 
 @torch.inference_mode()
+def products():
+    """Milliseconds of all matrix products of one token, alone, and the GB/s at which they read weights."""
+    models = {kind: gpt2(kind) for kind in v7.KINDS}
+    inputs = {k: torch.randn(1, k) for k in (768, 3072)}
+
+    def multiply(model):
+        for part in model.modules():
+            if isinstance(part, v7.QuantizedLinear):
+                part(inputs[part.k])
+
+    seconds = in_turn({kind: lambda model=model: multiply(model) for kind, model in models.items()}, 20)
+    bandwidth, results = v7.memory_bandwidth(torch.device("cpu")), {}
+    for kind, times in seconds.items():
+        speed = n_bytes(models[kind]) / statistics.median(times["values"])
+        results[kind] = {"ms": 1000 * statistics.median(times["values"]), "gb_per_second": speed / 1e9}
+        results[kind]["share"] = speed / bandwidth
+    return results | {"bandwidth": bandwidth / 1e9, "machine": machine()}
+
+
+@torch.inference_mode()
 def prefill():
     """Seconds from a prompt of 512 tokens to the logits of the next."""
     idx = torch.randint(50257, (1, 512))
@@ -113,6 +135,20 @@ def prefill():
 
         functions[kind] = ours
     return {name: times for name, times in in_turn(functions, 5).items()} | {"machine": machine()}
+
+
+def draw_cache(found):
+    """Write logs/week_8_cache.png."""
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name in ("without", "with"):
+        ax.plot(list(found), [times[name] for times in found.values()], ".-", label=f"{name} cache")
+    ax.set(xlabel="tokens before", ylabel="milliseconds for one more token", xscale="log", yscale="log")
+    ax.set_xticks(list(found), map(str, found))
+    ax.set_yticks([20, 50, 100, 200, 500], ["20", "50", "100", "200", "500"])
+    ax.minorticks_off()
+    ax.grid(alpha=0.3)
+    ax.legend()
+    fig.savefig(LOGS / "week_8_cache.png", dpi=90)
 
 
 @torch.inference_mode()
@@ -137,14 +173,7 @@ def cache():
             if i < 4:
                 times["without"].append(seconds_of(uncached))
         found[T] = {name: 1000 * sorted(values[1:])[len(values[1:]) // 2] for name, values in times.items()}
-    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name in ("without", "with"):
-        points = [(T, times[name]) for T, times in found.items()]
-        ax.plot(*zip(*points, strict=True), ".-", label=f"{name} cache")
-    ax.set(xlabel="tokens before", ylabel="milliseconds for one more token", xscale="log", yscale="log")
-    ax.grid(alpha=0.3, which="both")
-    ax.legend()
-    fig.savefig(LOGS / "week_8_cache.png", dpi=90)
+    draw_cache(found)
     return found | {"machine": machine()}
 
 
@@ -176,8 +205,6 @@ def trained():
 
 def bits_per_nat(checkpoint, config, val_ids):
     """What turns v6's loss per token into bits per character: the ratio of the two in its metrics."""
-    import json
-
     metrics = json.loads((ROOT / "runs" / "v6_amp_ddp" / "metrics.json").read_text(encoding="utf-8"))
     return metrics["bits_per_char"] / metrics["val_loss"]
 
@@ -366,6 +393,24 @@ def by_hand():
     }
 
 
+@torch.no_grad()
+def four_numbers():
+    """The example of the log: 0.31, -0.62, 0.05 and 0.9 in int8 and in int4."""
+    layer, found = nn.Linear(4, 1, bias=False), {}
+    layer.weight[:] = torch.tensor([0.31, -0.62, 0.05, 0.9])
+    found["weights"] = layer.weight[0].tolist()
+    small = v7.Int8Linear(layer, v7.Config())
+    found["int8"] = {
+        "scale": small.scales.item(),
+        "codes": small.codes[0].tolist(),
+        "back": small.rows(0).tolist(),
+    }
+    small = v7.Int4Linear(layer, v7.Config())
+    found["int4"] = {"scale": small.scales[0, 0].item(), "zero": small.zeros[0, 0].item()}
+    found["int4"] |= {"codes": small.unpacked(0)[:4].tolist(), "back": small.rows(slice(1))[0].tolist()}
+    return found
+
+
 def samples():
     """What v6's model writes as it is, in int8 and in int4, from the same seed."""
     checkpoint, config, _ = trained()
@@ -421,6 +466,13 @@ def tables(results):
         "decode": table(
             ["weights, rest", "MB", "tokens/s", "of transformers' fp32", "GB/s", "of the memory's"], speeds
         ),
+        "products": table(
+            ["weights", "ms", "GB/s", "of the memory's"],
+            [
+                [kind, f"{m['ms']:.1f}", f"{m['gb_per_second']:.1f}", f"{m['share']:.0%}"]
+                for kind, m in ((kind, week["products"][kind]) for kind in v7.KINDS)
+            ],
+        ),
         "prefill": table(["weights", "seconds for 512 tokens"], first),
         "cache": table(["tokens before", "with cache, ms", "without, ms"], waits),
         "batch": table(["weights", "1 text", "2", "4", "8", "16"], together),
@@ -433,7 +485,9 @@ def tables(results):
 
 EXPERIMENTS = {
     "by_hand": by_hand,
+    "four_numbers": four_numbers,
     "decode": decode,
+    "products": products,
     "prefill": prefill,
     "cache": cache,
     "batch": batch,
