@@ -6,8 +6,8 @@ texts at once: one reading serves them all. Weights in 8 bits or 4 are fewer byt
 that v5 or v6 has trained (--base); if there is none, one is trained first.
 
 Since v6_amp_ddp.py
-  added:    Engine, FloatLinear, Int4Linear, Int8Linear, KINDS, KVCache, QUANTIZING, Text, decoding_speed,
-            find_model, kernels_for, load_model, megabytes, memory_bandwidth, quantize
+  added:    Engine, FloatLinear, Int4Linear, Int8Linear, KINDS, KVCache, QUANTIZING, QuantizedLinear,
+            Sequence, decoding_speed, find_model, load_model, memory_bandwidth, quantize
   changed:  Config, LanguageModel, MAY_CHANGE, MultiHeadAttention, PRECISIONS, SAMPLING, TRAINING,
             TransformerBlock, evaluate, generate, load_checkpoint, load_splits, main, new_vocab, report,
             rope_rotation, sample_next, save_report, train
@@ -751,7 +751,7 @@ def decoding_speed(model, ids, n_rows):
 
 def report(models, tokenizer, train_ids, val_ids, config, checkpoint):
     """Evaluate models {kind: model}; print a table; return what metrics.json will hold."""
-    grad_accum = checkpoint["config"].get("grad_accum", 1)  # if v6 has trained the model
+    grad_accum = checkpoint["config"].get("grad_accum", 1)  # as v5 and v6 may have it
     tokens = checkpoint["step"] * grad_accum * config.batch_size * config.block_size
     # A token may be several characters: as many as it has bytes that begin one. Special tokens are no text.
     pieces = [piece.encode() if isinstance(piece, str) else piece for piece in tokenizer.vocab]
