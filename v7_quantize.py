@@ -751,7 +751,7 @@ def decoding_speed(model, ids, n_rows):
 
 def report(models, tokenizer, train_ids, val_ids, config, checkpoint):
     """Evaluate models {kind: model}; print a table; return what metrics.json will hold."""
-    grad_accum = checkpoint["config"].get("grad_accum", 1)  # as v5 and v6 may have it
+    grad_accum = checkpoint["config"].get("grad_accum", 1)  # batches in a step
     tokens = checkpoint["step"] * grad_accum * config.batch_size * config.block_size
     # A token may be several characters: as many as it has bytes that begin one. Special tokens are no text.
     pieces = [piece.encode() if isinstance(piece, str) else piece for piece in tokenizer.vocab]
