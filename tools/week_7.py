@@ -317,6 +317,20 @@ def recipe():
     return results
 
 
+def schedule():
+    """The default schedule and that of linear_decay over a whole default run, three seeds each, one thread each."""
+    jobs = {}
+    for seed in (1337, 1, 2):
+        flags = {"max_steps": 800, "eval_interval": 200, "precision": "bf16", "seed": seed}
+        jobs[f"full_cosine_{seed}"] = ("v6_amp_ddp", {}, flags)
+        jobs[f"full_linear_{seed}"] = ("v6_amp_ddp", {"learning_rate_at": linear_decay}, flags)
+    metrics = run_all(jobs)
+    names = ("cosine", "linear")
+    return {
+        name: spread(metrics[f"full_{name}_{s}"]["bits_per_char"] for s in (1337, 1, 2)) for name in names
+    }
+
+
 # -------------------------------------------------- log --------------------------------------------------
 
 
@@ -398,6 +412,7 @@ EXPERIMENTS = {
     "characters": characters,
     "longer": longer,
     "recipe": recipe,
+    "schedule": schedule,
 }
 
 if __name__ == "__main__":
