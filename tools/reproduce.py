@@ -73,7 +73,8 @@ def result_line(metrics):
     """The `Result:` line of a rung's docstring."""
     machine = f"{metrics['threads']} CPU cores" if metrics["device"] == "cpu" else metrics["device"]
     if compared := metrics.get("compared"):  # from v7 on, a model in fewer bytes
-        plain, kind = compared["none"], metrics["config"]["quantize"]
+        plain = compared["none"]
+        kind = next(name for name, m in compared.items() if m["megabytes"] == metrics["megabytes"])
         return (
             f"Result: {kind} {metrics['megabytes']:.2f} MB, {metrics['bits_per_char']:.2f} bits/char, "
             f"{metrics['new_tokens_per_second']:.0f} tokens/s; as it was {plain['megabytes']:.2f} MB, "

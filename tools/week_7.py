@@ -33,14 +33,14 @@ def sixteen_bits():
 
 
 def muon_by_hand():
-    """The singular values of diag(3, 0.1) after each step of Muon's polynomial."""
+    """The coefficients of Muon's polynomial, and the singular values of diag(3, 0.1) after each step of it."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = torch.tensor([3.0, 0.1], dtype=torch.float64)
     x, values = x / x.norm(), []
     for _ in range(6):
         values.append(x.tolist())
         x = a * x + b * x**3 + c * x**5
-    return values
+    return {"coefficients": [a, b, c], "values": values}
 
 
 # ------------------------------------- speed, memory and loss -------------------------------------
@@ -318,7 +318,7 @@ def recipe():
 
 
 def schedule():
-    """The default schedule and that of linear_decay over a whole default run, three seeds each, one thread each."""
+    """The default schedule and linear_decay over a whole default run, three seeds each, one thread each."""
     jobs = {}
     for seed in (1337, 1, 2):
         flags = {"max_steps": 800, "eval_interval": 200, "precision": "bf16", "seed": seed}
@@ -383,7 +383,7 @@ def tables(results):
     kept = [[name, *(f"{float(x[key]):,.8g}" for key in columns)] for name, x in week["sixteen_bits"].items()]
     steps = [
         [i, *(f"{s:.3f}" for s in values), f"{values[0] / values[1]:.1f}"]
-        for i, values in enumerate(week["muon_by_hand"])
+        for i, values in enumerate(week["muon_by_hand"]["values"])
     ]
     blocks = {
         "sixteen": table(["kept as", "1.001", "100,000", "0.00000001", "next after 1", "largest"], kept),
