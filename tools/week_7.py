@@ -33,7 +33,7 @@ def sixteen_bits():
 
 
 def muon_by_hand():
-    """The coefficients of Muon's polynomial, and the singular values of diag(3, 0.1) after each step of it."""
+    """Muon's polynomial, and the singular values of diag(3, 0.1) after each step of it."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = torch.tensor([3.0, 0.1], dtype=torch.float64)
     x, values = x / x.norm(), []
