@@ -231,6 +231,27 @@ ERRORS |= {
 }
 
 
+def draw_size(results):
+    """Write logs/week_8_size.png."""
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name in ("none", "int8", *(name for name in ERRORS if "groups" in name)):
+        x, y = results[name]["megabytes"], results[name]["bits_per_char"]
+        ax.plot(x, y, "o", color="C2" if "groups" in name else "C0" if name == "none" else "C1")
+        offset = (-18, -4) if name.endswith("64") else (7, -3)
+        ax.annotate(
+            name.removeprefix("int4, groups of "),
+            (x, y),
+            xytext=offset,
+            textcoords="offset points",
+            fontsize=9,
+        )
+    ax.plot([], [], "o", color="C2", label="int4, with the size of its groups")
+    ax.set(xlabel="size of the weights (MB)", ylabel="bits per character", xlim=(0, 9), ylim=(2.085, 2.104))
+    ax.grid(alpha=0.3)
+    ax.legend()
+    fig.savefig(LOGS / "week_8_size.png", dpi=90)
+
+
 LARGEST = "int4, but the largest hundredth of each matrix as it is"
 
 
@@ -259,6 +280,7 @@ def error():
             module.weight.data = torch.where(large, whole, rows)
     loss = v7.evaluate(model, val_ids, config)
     results[LARGEST] = {"bits_per_char": loss * factor, "megabytes": None, "val_loss": loss}
+    draw_size(results)
     return results
 
 
@@ -456,7 +478,8 @@ def tables(results):
     errors = []
     for name in (*ERRORS, LARGEST):
         m = week["error"][name]
-        errors.append([name, f"{m['megabytes']:.2f}" if m["megabytes"] else "-", f"{m['bits_per_char']:.4f}"])
+        whole = name in ("none", "int8") or "groups" in name
+        errors.append([name, f"{m['megabytes']:.2f}" if whole else "-", f"{m['bits_per_char']:.4f}"])
     others = [
         [name, f"{m['tokens_per_second']:.1f}", f"{m['bits_per_char']:.4f}"]
         for name, m in week["others"].items()
@@ -464,7 +487,7 @@ def tables(results):
     ]
     blocks = {
         "decode": table(
-            ["weights, rest", "MB", "tokens/s", "of transformers' fp32", "GB/s", "of the memory's"], speeds
+            ["weights", "MB", "tokens/s", "of transformers' fp32", "GB/s", "of the memory's"], speeds
         ),
         "products": table(
             ["weights", "ms", "GB/s", "of the memory's"],
