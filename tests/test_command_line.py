@@ -187,7 +187,7 @@ def test_bad_input_is_refused_in_one_sentence_and_harms_nothing(rung, trained):
     assert refused(run("--data=short.txt"), "short.txt", "too short")
     char = ["--tokenizer=char"] if number(rung) >= 4 else []  # bytes can write any text
     assert refused(run(*char, "--prompt=\u20ac"), "\u20ac", "vocabulary")
-    assert refused(run("--sample", "--prompt=\u20ac"), "\u20ac", "vocabulary")
+    assert refused(run_here(rung, "--sample", "--prompt=\u20ac", cwd=folder), "\u20ac", "vocabulary")
     assert refused(run("--batch_size=0"), "--batch_size 0")
     assert refused(run("--learning_rate=-1"), "--learning_rate -1")
     assert refused(run("--learning_rate=nan"), "--learning_rate nan")

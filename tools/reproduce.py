@@ -103,6 +103,12 @@ def share_of_nanogpt(metrics, results):
     return f"{100 * metrics['seconds'] / race['nanogpt']['seconds']:.0f}%"
 
 
+def taken_over(rung, results):
+    """Whether a rung's model is one that a rung below has trained: they have one history."""
+    runs, below = results["rungs"], RUNGS[: RUNGS.index(rung)]
+    return any(runs[other]["history"] == runs[rung]["history"] for other in below if other in runs)
+
+
 def ladder_table(results):
     """The ladder as a Markdown table, one row for each rung that has run."""
     header = ["rung", "week", "idea", "parameters", "val loss", "bits/char", "seconds", "of nanoGPT's"]
@@ -111,7 +117,7 @@ def ladder_table(results):
         m, (week, idea) = results["rungs"][rung], week_and_idea(rung)
         numbers = [f"{m['params']:,}", f"{m['val_loss']:.4f}", f"{m['bits_per_char']:.2f}"]
         seconds = [f"{m['seconds']:.0f}", share_of_nanogpt(m, results)]
-        numbers += ["-", "-"] if "compared" in m else seconds  # there the training is another rung's
+        numbers += ["-", "-"] if taken_over(rung, results) else seconds
         numbers.append(lines_changed(rung) or "-")
         has_log = (LOGS / f"week_{week}.md").exists()
         log = f"[week {week}](logs/week_{week}.md)" if has_log else "-"
@@ -143,10 +149,8 @@ def readme_blocks(results):
 
 def plot_ladder(results):
     """Write logs/ladder.png: the validation curves of all rungs over training time, and how each ends."""
-    runs = {rung: results["rungs"][rung] for rung in RUNGS if rung in results["rungs"]}
-    runs = {
-        rung: run for rung, run in runs.items() if "compared" not in run
-    }  # which another rung has trained
+    trained = [rung for rung in RUNGS if rung in results["rungs"] and not taken_over(rung, results)]
+    runs = {rung: results["rungs"][rung] for rung in trained}
     fig, ax = plt.subplots(figsize=(8, 4.8), layout="constrained")
     for i, (rung, run) in enumerate(runs.items()):
         seconds = [point["seconds"] for point in run["history"]]
