@@ -378,7 +378,7 @@ class LanguageModel(nn.Module):
         The logits, V for each token, are the largest tensor: they are made for 256 tokens at a time, and with
         --gradient_checkpointing not kept.
         """
-        device, loss = self.token_embedding.weight.device, 0.0
+        device, loss = self.norm.weight.device, 0.0
         x, y = self.hidden_states(x.to(device)).flatten(0, 1), y.to(device).flatten()  # (B * T, C), (B * T,)
         for piece in zip(x.split(256), y.split(256), strict=True):
             loss += self.run(lambda x, y: F.cross_entropy(self.logits(x), y, reduction="sum"), *piece)
@@ -684,7 +684,7 @@ def report(model, tokenizer, train_ids, val_ids, config, checkpoint, before):
     if val_loss > nothing:
         print(f"note: knowing nothing gives {nothing:.4f}; is the text too small, the step size too large?\n")
     metrics |= {"version": NAME, "tokens": tokens, "config": asdict(config), "torch": torch.__version__}
-    metrics |= {"device": model.token_embedding.weight.device.type, "threads": torch.get_num_threads()}
+    metrics |= {"device": model.norm.weight.device.type, "threads": torch.get_num_threads()}
     return metrics | {"steps": checkpoint["step"], "history": checkpoint["history"]}
 
 

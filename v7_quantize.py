@@ -672,9 +672,9 @@ def train(model, train_ids, val_ids, config, checkpoint):
             settings = optimizer.state_dict()["param_groups"]  # of `config`, not of the saved run
             optimizer.load_state_dict({"state": checkpoint["optimizer"][name], "param_groups": settings})
     start = time.perf_counter() - checkpoint["seconds"]
+    steps = range(checkpoint["step"] + 1, config.max_steps + 1)
     stop, signals = [], (signal.SIGINT, signal.SIGTERM)  # these leave a note, to be read between two steps
     handlers = {number: signal.signal(number, lambda *_: stop.append(1)) for number in signals}
-    steps = range(checkpoint["step"] + 1, config.max_steps + 1)
     for step in (bar := tqdm(steps, initial=checkpoint["step"], total=config.max_steps, unit="step")):
         torch.manual_seed(1_000_000 * config.seed + step)  # a resumed run draws what it would have drawn
         x, y = get_batch(train_ids, config)

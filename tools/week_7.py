@@ -221,7 +221,7 @@ LONGER = {
 def characters():
     """v4's default run, then v6 on characters for about as long, with all cores."""
     keys = ("params", "steps", "seconds", "train_loss", "val_loss", "machine", "history")
-    jobs = {"v4": ("v4_rope_alibi", {}), "v6": ("v6_amp_ddp", dict(tokenizer="char", max_steps=1200))}
+    jobs = {"v4": ("v4_rope_alibi", {}), "v6": ("v6_amp_ddp", dict(tokenizer="char", max_steps=1100))}
     runs = {name: run(rung, f"characters_{name}", **flags) for name, (rung, flags) in jobs.items()}
     return {name: {key: metrics[key] for key in keys} for name, metrics in runs.items()}
 
