@@ -88,7 +88,7 @@ class Config:
     out_dir: str = f"runs/{NAME}"  # folder for the checkpoint, metrics, pictures and sample
     device: str = "auto"  # auto, cuda, mps or cpu
     precision: str = "auto"  # of matrix products: fp32, bf16, fp16, or auto: bf16 where hardware has it
-    compile: bool = False  # fuse operations with torch.compile: a slow start, then faster steps
+    compile: bool = False  # fuse operations with torch.compile: a slow start, then faster steps (GPUs)
     seed: int = 1337  # same seed on the same machine: same numbers
     block_size: int = 256  # tokens in one training example (T)
     batch_size: int = 8  # training examples that are in memory at once (B), of all processes together

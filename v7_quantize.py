@@ -69,7 +69,7 @@ class Config:
     tokenizer: str = "bpe"  # char, bpe, a vocabulary file, or a folder with GPT-2's two files
     vocab_size: int = 1024  # ids that --tokenizer bpe learns, special tokens included
     out_dir: str = f"runs/{NAME}"  # folder for the checkpoint, metrics, pictures and sample
-    base: str = "auto"  # folder of a trained model; auto: runs/v6_amp_ddp if it is there; none: train one
+    base: str = "auto"  # folder of a trained model; auto: runs/v6_amp_ddp if it is finished; none: train one
     quantize: str = "int8"  # weights as int8, int4, or none: as they are
     group_size: int = 32  # weights in a row of a matrix that share a scale and a zero point in int4
     device: str = "auto"  # auto, cuda, mps or cpu
@@ -577,8 +577,9 @@ def load_checkpoint(mode, flags, folder):
             raise ValueError("quantized already")
     except Exception as error:  # a file that is missing, cut short or something else altogether
         reason, who = str(error).split("\n")[0], "v5 to v9" if mode == "train" else NAME
-        anew = "" if mode in ("sample", "evaluate") else " --base none"
-        sys.exit(f"error: no checkpoint of {who} in {folder} ({reason}); train first: python {NAME}.py{anew}")
+        go_on = " --resume" * Path(folder, "base", "checkpoint.pt").exists()
+        hint = "name another --base, or none" if mode == "train" else f"train first: python {NAME}.py{go_on}"
+        sys.exit(f"error: no checkpoint of {who} in {folder} ({reason}); {hint}")
     saved = asdict(Config(**saved)) | {"out_dir": flags.get("out_dir", Config.out_dir)}
     may_change = MAY_CHANGE[mode]
     if mode == "resume" and flags.get("max_steps", saved["max_steps"]) <= checkpoint["step"]:
@@ -588,7 +589,8 @@ def load_checkpoint(mode, flags, folder):
     for name, value in flags.items():
         if value != saved[name] and name not in may_change:
             reason = f"--{name} cannot change, it is {saved[name]!r} in the model in {folder}"
-            sys.exit(f"error: {reason}; leave out that flag or train anew: python {NAME}.py --base none")
+            anew = f"quantize anew: python {NAME}.py" if name in QUANTIZING else "train anew: --base none"
+            sys.exit(f"error: {reason}; leave out that flag or {anew}")
     return checkpoint, Config(**saved | flags)
 
 
@@ -854,8 +856,8 @@ class Engine:
     """Continues several texts at once, each in a row of a KVCache. It knows ids and no text.
 
     A row that has ended is free for another text while others go on (Yu et al. 2022). When a window is full,
-    its older half is forgotten and the newer half read again: one more pass for every block_size / 2 tokens.
-    A window that slides would take one for each, as all places change.
+    its older half is forgotten and the newer half read again: one more pass for block_size / 2 + 1 tokens. A
+    window that slides would take one for each, as all places change.
     """
 
     def __init__(self, model, n_rows):
@@ -957,7 +959,8 @@ def main():
         except OSError as error:
             sys.exit(f"error: cannot write to {config.out_dir} ({error}); name another folder: --out_dir")
     if training:
-        print(f"trains a model in {base.out_dir} first: with the defaults some three minutes on two cores")
+        action = "goes on with the model" if mode == "resume" else "trains a model"
+        print(f"{action} in {base.out_dir} first: with the defaults some three minutes on two cores")
         torch.manual_seed(config.seed)
         model = LanguageModel(config, config.vocab_size).to(device)
         if "model" in checkpoint:

@@ -340,7 +340,7 @@ def tables(results):
     sizes = [
         [
             *name.rsplit(" ", 1),
-            f"{m['tokens_per_second']:,.0f}",
+            f"{m['tokens_per_second']:,.{0 if m['tokens_per_second'] > 10 else 1}f}",
             f"{m['peak'] / GB:.2f} GB",
             f"{m['early']:.4f}",
             f"{m['late']:.4f}" if m["late"] else "-",
