@@ -199,6 +199,7 @@ def key_of(rung, replace, flags):
     values = {}
     for name, value in flags.items():
         file = Path(str(value))
+        file = file / "checkpoint.pt" if file.is_dir() else file  # a model that is begun with
         values[name] = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else str(value)
     parts = [code, *(code_of(file.read_text(encoding="utf-8")) for file in imported if file.exists())]
     parts += [json.dumps(values, sort_keys=True), described(replace, []).replace(str(ROOT), "")]
