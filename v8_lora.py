@@ -5,11 +5,11 @@ and to stop (Ouyang et al. 2022). LoRA (Hu et al. 2021) trains a few numbers bes
 (Dettmers et al. 2023) does so on a base of 4 bits. The examples are made from the plays, or read from a file.
 
 Since v7_quantize.py
-  added:    LONGEST, LoRALinear, METHODS, MODEL, NF4, NF4Linear, SpecialRows, Unpacked, adapt, answer,
+  added:    LONGEST, LoRALinear, MADE, METHODS, MODEL, NF4, NF4Linear, SpecialRows, Unpacked, adapt, answer,
             batches, bits_per_char, chat, encode_chat, encode_examples, encode_prompt, find_base, grow,
-            hash_of, invent_name, learned, load_adapter, load_tasks, load_val, make_examples, make_model,
-            make_optimizer, make_reading, measure, merge, pad, peak_memory, print_numbers, read_instructions,
-            read_speeches, show_answers, some_words, windows
+            hash_of, invent_name, learned, load_adapter, load_tasks, load_val, make_examples, make_folder,
+            make_model, make_optimizer, make_reading, measure, merge, pad, peak_memory, print_numbers,
+            read_instructions, read_speeches, refuse_idle, show_answers, some_words, windows
   changed:  CharTokenizer, Config, MAY_CHANGE, SAMPLING, evaluate, generate, get_batch, keep_finished,
             load_checkpoint, main, make_tokenizer, parse_flags, report, save_checkpoint, save_report, train
   removed:  FloatLinear, Int4Linear, Int8Linear, KINDS, QUANTIZING, QuantizedLinear, VOCAB_TEXT,
@@ -62,7 +62,9 @@ TRAINING += ("dropout", "beta2", "weight_decay", "precision")
 MODEL = ("tokenizer", "vocab_size", "block_size", "n_embd", "n_head", "n_layer", "init_std", "position")
 METHODS = ("full", "lora", "qlora")
 # Fields that a flag may change when a saved model is loaded; all others stay as they were in its training.
-MAY_CHANGE = {"evaluate": ("device",), "sample": SAMPLING, "chat": SAMPLING, "resume": SAMPLING + TRAINING}
+MAY_CHANGE = {"evaluate": ("device",), "sample": SAMPLING, "chat": SAMPLING}
+MAY_CHANGE["resume"] = (*TRAINING, "device", "seed", "base")
+MADE = ("n_examples", "n_passages", "renamed")  # of examples that are made from the plays
 LONGEST = 150  # characters of a speech that an example is made from: long ones take long and teach the same
 SPECIAL_TOKENS = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|context|>")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -217,8 +219,8 @@ def read_speeches(text):
     return re.findall(r"(?:^|\n\n)([A-Z][A-Za-z' -]{1,30}):\n(\S.*?)(?=\n\n|\s*\Z)", text, flags=re.DOTALL)
 
 
-def invent_name(words, names, rng):
-    """A name that nobody has: one to three words, ends of words or ends of names, joined.
+def invent_name(words, names, known, rng):
+    """A name that nobody in `known` has: one to three words, ends of words or ends of names, joined.
 
     A name is copied token by token, so each token should have been part of a name.
     """
@@ -227,8 +229,9 @@ def invent_name(words, names, rng):
         part, kind = rng.choice(words), rng.randrange(3)
         part = rng.choice(names) if kind == 2 else part
         parts.append(part[rng.randrange(len(part)) if kind else 0 :])
-    name = rng.choice(("", " ", "-")).join(parts).strip(" '-")[:24]
-    return name.upper() if rng.random() < 0.7 else name.title()
+    name = rng.choice(("", " ", "-")).join(parts)[:24].strip(" '-")
+    name = name.upper() if rng.random() < 0.7 else name.title()
+    return invent_name(words, names, known, rng) if name in {"", *known} else name
 
 
 def some_words(speech, rng):
@@ -268,7 +271,7 @@ def make_examples(speeches, n, config, rng, renamed, known=()):
         passages, i = [rng.choice(short) for _ in range(config.n_passages)], rng.randrange(config.n_passages)
         passages[i] = rng.choice(asked)
         if rng.random() < renamed:
-            passages = [(invent_name(words, names, rng), speech) for _, speech in passages]
+            passages = [(invent_name(words, names, known, rng), speech) for _, speech in passages]
         readings.append(make_reading(passages, i, rng))
         (_, speech), (name, reply) = rng.choice(turns)
         replies.append([("user", f"{speech}\nAnswer as {name}."), ("assistant", reply)])
@@ -341,7 +344,7 @@ def load_tasks(config, tokenizer):
     rng = random.Random(config.seed)
     if config.instructions:
         conversations = read_instructions(config.instructions)
-        rng.shuffle(conversations)
+        random.Random(0).shuffle(conversations)  # one split for all seeds
         cut = max(1, len(conversations) // 10)
         held_out, stages, exam = conversations[:cut], [conversations[cut:]], []
     else:
@@ -349,12 +352,12 @@ def load_tasks(config, tokenizer):
         for split, _, text in read_data(config.data):
             splits[split] += text
         speeches = {split: read_speeches(text) for split, text in splits.items()}
-        readings, replies = make_examples(
-            speeches["train"], config.n_examples // 2, config, rng, config.renamed
-        )
+        names = {split: {name for name, _ in found} for split, found in speeches.items()}
+        n, asked = config.n_examples // 2, names["val"] - names["train"]
+        readings, replies = make_examples(speeches["train"], n, config, rng, config.renamed, asked)
         stages = [readings, readings + replies]
-        known, rng = {name for name, _ in speeches["train"]}, random.Random(0)  # one exam for all seeds
-        exam, held_out = make_examples(speeches["val"], 500, config, rng, 0.0, known)
+        rng = random.Random(0)  # one exam for all seeds
+        exam, held_out = make_examples(speeches["val"], 500, config, rng, 0.0, names["train"])
     found = {"stages": [encode_examples(stage, tokenizer, config) for stage in stages]}
     found |= {"val": encode_examples(exam + held_out, tokenizer, config), "exam": exam, "replies": held_out}
     if not all([*found["stages"], found["val"]]):
@@ -655,9 +658,13 @@ def keep_finished(config):
     previous = checkpoint.with_suffix(".previous.pt")
     if checkpoint.exists() and (others[0].exists() or not previous.exists()):
         for path in (checkpoint, *others):
+            kept = path.with_suffix(f".previous{path.suffix}")
+            kept.unlink(missing_ok=True)  # of a run before that one
             if path.exists():
-                path.replace(path.with_suffix(f".previous{path.suffix}"))
+                path.replace(kept)
         print(f"\nthe model that was in {config.out_dir} is now {previous.name}", file=sys.stderr)
+    elif checkpoint.exists():
+        others[1].unlink(missing_ok=True)  # of an unfinished run
 
 
 def load_weights(model, weights):
@@ -857,7 +864,7 @@ def grow(vocab, weights, learned_from_text):
     tokenizer, embedding = make_tokenizer(vocab), weights["token_embedding.weight"]
     lacking = [token for token in SPECIAL_TOKENS if token not in tokenizer.special_tokens]
     if lacking:
-        print(f"the base's vocabulary lacks {', '.join(lacking)}: it grows by them")
+        print(f"note: the base's vocabulary lacks {', '.join(lacking)}: it grows by them", file=sys.stderr)
         first = len(tokenizer.vocab)
         if isinstance(vocab, dict):
             new = {token: first + i for i, token in enumerate(lacking)}
@@ -874,11 +881,41 @@ def grow(vocab, weights, learned_from_text):
     return vocab, weights | {"token_embedding.weight": embedding}
 
 
-def find_base(base):
-    """Return the folder of the base; if there is no model of v6 yet, train one."""
-    if base != "auto":
-        return base
+def refuse_idle(flags, config):
+    """Exit if a flag would do nothing in training."""
+    for name in flags:
+        reason = "goes with --sample or --chat" if name in {*SAMPLING} - {"device", "seed"} else ""
+        reason = (
+            "goes with --method lora or qlora" if name[:5] == "lora_" and config.method == "full" else reason
+        )
+        reason = "goes with examples from the plays" if name in MADE and config.instructions else reason
+        if reason:
+            sys.exit(f"error: --{name} {reason}; leave it out")
+
+
+def make_folder(config):
+    """Make the folder of a run; exits if nothing can be written there."""
+    try:
+        Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=config.out_dir).close()  # a folder that is there may be read-only
+    except OSError as error:
+        sys.exit(f"error: cannot write to {config.out_dir} ({error}); name another folder: --out_dir")
+
+
+def find_base(flags):
+    """Return the folder of the base; if there is no model of v6 yet, train one if the flags are fine."""
+    config = Config(**flags)
+    refuse_idle(flags, config)
+    if config.base != "auto":
+        return config.base
     if not Path("runs/v6_amp_ddp/metrics.json").exists():
+        for name in MODEL:
+            if getattr(config, name) != getattr(Config, name):
+                sys.exit(f"error: --{name} cannot change, it is {getattr(Config, name)!r} in the base of v6")
+        make_folder(config)
+        next(read_data(config.data))
+        if config.instructions:
+            read_instructions(config.instructions)
         print("there is no base yet: runs v6_amp_ddp.py first, some three minutes on two cores", flush=True)
         if subprocess.run([sys.executable, Path(__file__).with_name("v6_amp_ddp.py")]).returncode:
             sys.exit("error: v6_amp_ddp.py has failed; name a trained model: --base FOLDER")
@@ -899,21 +936,25 @@ def load_checkpoint(mode, flags, folder):
         known = {k: v for k, v in checkpoint["config"].items() if k in own}
         saved = {name: kinds[name](value) for name, value in known.items()}
         parts = {"vocab": (str, list, dict), "history": list, "step": int, "seconds": float, "model": dict}
+        parts |= {"tokens": int, "before": tuple} if mode == "resume" else {}
         parts |= {"last": dict, "optimizer": dict, "base_hash": str} if mode == "resume" else {}
         damaged = [part for part, kind in parts.items() if not isinstance(checkpoint.get(part), kind)]
         if damaged or saved != known or "n_embd" not in known:
             raise ValueError(f"damaged: {', '.join(damaged) or 'config'}")
         if any(name.endswith(".codes") for name in checkpoint["model"]):
             raise ValueError("quantized, and what is quantized cannot learn")
+        saved["vocab_size"] = len(make_tokenizer(checkpoint["vocab"]).vocab)
+        shapes = {name: tuple(weight.shape) for name, weight in checkpoint["model"].items()}
+        if shapes["token_embedding.weight"] != (saved["vocab_size"], saved["n_embd"]):
+            raise ValueError("damaged: model")
     except Exception as error:  # a file that is missing, cut short or something else altogether
         reason, who = str(error).split("\n")[0], "v5 to v9" if mode == "train" else NAME
         hint = "name another --base" if mode == "train" else f"train first: python {NAME}.py"
         sys.exit(f"error: no checkpoint of {who} in {folder} ({reason}); {hint}")
-    saved["vocab_size"] = len(make_tokenizer(checkpoint["vocab"]).vocab)
     saved = asdict(Config(**saved)) | {"out_dir": flags.get("out_dir", Config.out_dir)}
     may_change = kinds.keys() - {*MODEL, "adapter"} if mode == "train" else MAY_CHANGE[mode]
     if mode == "resume" and flags.get("max_steps", saved["max_steps"]) <= checkpoint["step"]:
-        may_change = SAMPLING  # nothing is left to train
+        may_change = ("device", "base")  # nothing is left to train
     if mode == "train" and checkpoint["step"] < checkpoint["config"].get("max_steps", 0):
         print(f"note: the training of the model in {folder} is not finished", file=sys.stderr)
     for name, value in flags.items():
@@ -994,8 +1035,8 @@ def measure(model, tasks, val_ids, tokenizer, config):
         answers, replies = answers + names, names[:10] + replies
     numbers["answers_ended"] = sum(ids[-1] == end for ids in answers) / len(answers)
     numbers["val_loss"] = evaluate(model, batches(tasks["val"], config))
-    examples = encode_examples(tasks["replies"], tokenizer, config)
-    numbers["reply_loss"] = evaluate(model, batches(examples, config))
+    if examples := encode_examples(tasks["replies"], tokenizer, config):
+        numbers["reply_loss"] = evaluate(model, batches(examples, config))
     numbers["bits_per_char"] = bits_per_char(model, val_ids, tokenizer, config)
     return numbers, [tokenizer.decode([i for i in ids if i != end]) for ids in replies]
 
@@ -1215,7 +1256,7 @@ def answer(model, turns, tokenizer, config):
 
 def chat(model, tokenizer, config):
     """A conversation in the terminal, until an empty line or Ctrl-C."""
-    turns = [("context", config.context)] if config.context else []
+    turns = [("context", config.context.replace("\\n", "\n"))] if config.context else []
     print("an empty line ends the conversation")
     while True:
         try:
@@ -1240,7 +1281,7 @@ def main():
         checkpoint |= adapter
         base, _ = load_checkpoint("train", {}, config.base)
     elif mode == "train":
-        folder = find_base(flags.get("base", Config.base))
+        folder = find_base(flags)
         base, config = load_checkpoint(mode, flags, folder)
         config.base = folder
     else:
@@ -1252,11 +1293,7 @@ def main():
         config.precision = pick_precision(config.precision, device)
         if Path(config.base).resolve() == Path(config.out_dir).resolve():
             sys.exit(f"error: --base {config.base} would be overwritten; name another folder: --out_dir")
-        try:
-            Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=config.out_dir).close()  # a folder that is there may be read-only
-        except OSError as error:
-            sys.exit(f"error: cannot write to {config.out_dir} ({error}); name another folder: --out_dir")
+        make_folder(config)
     if base:
         model, plain = make_model(base, checkpoint, config, device)
     else:

@@ -1,5 +1,6 @@
 """The tools: what a kept run depends on, what Ctrl-C says, the ladder, README's steps to a new rung."""
 
+import difflib
 import functools
 import json
 import os
@@ -411,7 +412,7 @@ def test_a_race_without_nanogpt_is_refused_at_once(tmp_path, monkeypatch):
 
 # --------------------------------------- a rung of one's own ---------------------------------------
 
-OLD, NEW = "v7_quantize", "v8_mine"
+OLD, NEW = "v6_amp_ddp", "v10_mine"
 FIELD = "    squared_relu: bool = False  # square what the ReLU lets through\n"
 CLASS = '''class SquaredReLU(nn.Module):
     """The square of max(0, x)."""
@@ -422,19 +423,16 @@ CLASS = '''class SquaredReLU(nn.Module):
 
 
 '''
-SINCE = """Since v7_quantize.py
+SINCE = """Since v6_amp_ddp.py
   added:    SquaredReLU
   changed:  Config, TransformerBlock
   removed:  -
 """
 # README's steps: where they stand (a pattern), what is written there
 STEPS = {
-    "first line": (r'""".*', '"""v8, week 9: a squared ReLU (So et al. 2021). Does it beat the GELU?'),
+    "first line": (r'""".*', '"""v10, week 13: a squared ReLU (So et al. 2021). Does it beat the GELU?'),
     "result": (r"(?m)^Result: .*$", "Result: not measured yet."),
-    "base": (
-        r"(?m)^    base: str = .*$",
-        '    base: str = "none"  # folder of a trained model, or none: train one',
-    ),
+    "copied": (r"(?m)^Since v5_gpt2\.py$", "Since v6_amp_ddp.py"),
     "field": (r"(?m)^(?=    max_steps: int = )", FIELD),
     "class": (r"(?m)^(?=class TransformerBlock)", CLASS),
     "use": (
@@ -464,7 +462,7 @@ def new_rung(without=()):
 def test_readme_has_the_steps():
     text = re.sub(r"\n +", "\n", section())
     for name, (_, written) in STEPS.items():
-        lines = written.splitlines() if name != "since" else ["Since v7_quantize.py"]
+        lines = written.splitlines() if name != "since" else ["Since v6_amp_ddp.py"]
         for line in lines:
             assert line.strip() in text, f"{name}: {line}"
 
@@ -482,10 +480,10 @@ def commands():
         (
             "first line",
             "test_docstring_begins_with_number_week_and_idea",
-            'Begin v8_mine.py with a line such as """v8, ',
+            'Begin v10_mine.py with a line such as """v10, ',
         ),
         ("result", "test_docstring_result_is_the_stored_one", "make that line 'Result: not measured yet.'"),
-        ("since", "test_docstring_lists_exactly_what_changed", f"of v8_mine.py these:\n\n{SINCE}"),
+        ("since", "test_docstring_lists_exactly_what_changed", f"of v10_mine.py these:\n\n{SINCE}"),
         (
             "comment",
             "test_config_fields_have_comments_and_classes_have_docstrings",
@@ -502,10 +500,10 @@ def commands():
             "test_rooms_stand_in_order",
             "keep the banners of these rooms, in this order: config, data, ",
         ),
-        ("import", "test_imports_are_allowed", "copy what you need of v7_quantize instead of importing it"),
+        ("import", "test_imports_are_allowed", "copy what you need of v6_amp_ddp instead of importing it"),
         ("library", "test_imports_are_allowed", "do without scipy, a rung imports the standard library and "),
         ("mark", "test_no_marks_of_what_is_new", "say what the code does, not since when"),
-        ("number", "test_every_rung_has_a_number_of_its_own", "rename yours to v9_mine.py"),
+        ("number", "test_every_rung_has_a_number_of_its_own", "rename yours to v11_mine.py"),
     ],
 )
 def test_a_step_that_is_left_out_fails_with_what_to_do(without, test, sentence, tmp_path, monkeypatch):
@@ -517,14 +515,14 @@ def test_a_step_that_is_left_out_fails_with_what_to_do(without, test, sentence, 
         "banner": (" model -", " models -"),
         "import": ("import torch\n", f"import torch\nfrom {OLD} import main\n"),
         "library": ("import torch\n", "import torch\nimport scipy.special\n"),
-        "mark": ("  # square what", "  # new in v8: square what"),
+        "mark": ("  # square what", "  # new in v10: square what"),
     }
     old, new = changes.get(without, ("", ""))
     assert old in text
     (tmp_path / f"{NEW}.py").write_text(text.replace(old, new) if old else text, encoding="utf-8")
     shutil.copy(ROOT / f"{OLD}.py", tmp_path)
     results = {"rungs": {OLD: common.load_results()["rungs"][OLD]}}
-    rungs = [OLD, NEW, "v8_other"] if without == "number" else [OLD, NEW]
+    rungs = [OLD, NEW, "v10_other"] if without == "number" else [OLD, NEW]
     monkeypatch.setattr(test_ladder, "ROOT", tmp_path)
     monkeypatch.setattr(test_ladder, "RUNGS", rungs)
     monkeypatch.setattr(test_ladder, "load_results", lambda: results)
@@ -534,6 +532,26 @@ def test_a_step_that_is_left_out_fails_with_what_to_do(without, test, sentence, 
     assert NEW in str(end.value)
 
 
+@pytest.mark.parametrize(("name", "passes"), [(NEW, True), ("v9_mine", False)])
+def test_a_rung_of_ones_own_may_follow_any_lower_one(name, passes, tmp_path, monkeypatch):
+    """Ours follow the direct neighbour below; v10 and more name the rung that they were copied from."""
+    (tmp_path / f"{name}.py").write_text(new_rung(), encoding="utf-8")
+    for rung in (OLD, "v8_lora"):
+        shutil.copy(ROOT / f"{rung}.py", tmp_path)
+    for module in (test_ladder, reproduce):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+        monkeypatch.setattr(module, "RUNGS", [OLD, "v8_lora", name])
+    if passes:
+        test_ladder.test_docstring_lists_exactly_what_changed("v8_lora", name)
+        changed = difflib.ndiff(*((tmp_path / f"{x}.py").read_text().splitlines() for x in (OLD, name)))
+        assert reproduce.lines_changed(name) == sum(line.startswith("+ ") for line in changed)
+    else:
+        with pytest.raises(pytest.fail.Exception, match=r"Since v8_lora\.py"):
+            test_ladder.test_docstring_lists_exactly_what_changed("v8_lora", name)
+        assert reproduce.lines_changed(name) > 500
+    assert reproduce.lines_changed("v8_lora") > 500
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="the commands are those of a Unix shell")
 def test_readmes_steps_make_a_rung_that_passes_and_can_be_undone(tmp_path):
     project = tmp_path / "project"
@@ -541,7 +559,7 @@ def test_readmes_steps_make_a_rung_that_passes_and_can_be_undone(tmp_path):
         "runs", ".git", "exercises", ".venv", "venv", "__pycache__", ".*_cache", "v[0-9]*_*"
     )
     shutil.copytree(ROOT, project, ignore=ignore)
-    for path in [ROOT / f"{name}.py" for name in common.RUNGS if common.number(name) <= common.number(OLD)]:
+    for path in [ROOT / f"{name}.py" for name in common.RUNGS if common.number(name) < 10]:
         shutil.copy(path, project)  # a rung of the reader's own stays out
     results = common.load_results()
     results["rungs"].pop(NEW, None)
@@ -587,7 +605,7 @@ def test_readmes_steps_make_a_rung_that_passes_and_can_be_undone(tmp_path):
     assert [row.split(" | ")[0] for row in rows] == [f"| [{NEW}.py]({NEW}.py)"]
     row = rows.pop()
     assert (
-        " | 9 | a squared ReLU | " in row
+        " | 13 | a squared ReLU | " in row
         and f" | {stored['val_loss']:.4f} | " in row
         and row.endswith(" | - |")
     )

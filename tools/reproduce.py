@@ -28,7 +28,20 @@ import subprocess
 import sys
 
 import matplotlib.pyplot as plt
-from common import LOGS, ROOT, RUNGS, STOPPED, fill, fill_logs, kept, load_results, run_default, store, table
+from common import (
+    LOGS,
+    ROOT,
+    RUNGS,
+    STOPPED,
+    fill,
+    fill_logs,
+    kept,
+    load_results,
+    number,
+    run_default,
+    store,
+    table,
+)
 from race_nanogpt import checkout
 
 # Figures of nanoGPT that the text compares with: its README's for an A100, and one of its CPU command.
@@ -60,11 +73,16 @@ def run_tool(*args):
 
 
 def lines_changed(rung):
-    """Larger column of `git diff --no-index --numstat` against the rung below; None for the first."""
-    place = RUNGS.index(rung)
-    if place == 0:
+    """Larger column of `git diff --no-index --numstat` against the rung below; None for the first.
+
+    A learner's own rung, from v10 on, may follow any lower one: the one that it names after `Since`.
+    """
+    lower = RUNGS[: RUNGS.index(rung)]
+    if not lower:
         return None
-    args = ["git", "diff", "--no-index", "--numstat", f"{RUNGS[place - 1]}.py", f"{rung}.py"]
+    since = re.search(r"^Since (\w+)\.py$", (ROOT / f"{rung}.py").read_text(encoding="utf-8"), flags=re.M)
+    below = since[1] if number(rung) > 9 and since and since[1] in lower else lower[-1]
+    args = ["git", "diff", "--no-index", "--numstat", f"{below}.py", f"{rung}.py"]
     numstat = subprocess.run(args, cwd=ROOT, capture_output=True, encoding="utf-8").stdout
     return max(map(int, numstat.split()[:2]))
 
@@ -79,6 +97,12 @@ def result_line(metrics):
             f"Result: {kind} {metrics['megabytes']:.2f} MB, {metrics['bits_per_char']:.2f} bits/char, "
             f"{metrics['new_tokens_per_second']:.0f} tokens/s; as it was {plain['megabytes']:.2f} MB, "
             f"{plain['bits_per_char']:.2f}, {plain['new_tokens_per_second']:.0f} on {machine}."
+        )
+    if "names_right" in metrics:  # v8, a model that answers
+        before = metrics["before"][0]
+        return (
+            f"Result: {metrics['names_right']:.1%} of new names right, before {before['names_right']:.1%}; "
+            f"plain text {metrics['bits_per_char']:.2f} bits/char, {metrics['seconds']:.0f} s on {machine}."
         )
     return (
         f"Result: val loss {metrics['val_loss']:.4f}, {metrics['bits_per_char']:.2f} bits/char, "
@@ -115,8 +139,9 @@ def ladder_table(results):
     rows = []
     for rung in [rung for rung in RUNGS if rung in results["rungs"]]:
         m, (week, idea) = results["rungs"][rung], week_and_idea(rung)
-        numbers = [f"{m['params']:,}", f"{m['val_loss']:.4f}", f"{m['bits_per_char']:.2f}"]
-        seconds = [f"{m['seconds']:.0f}", share_of_nanogpt(m, results)]
+        loss = "-" if "before" in m else f"{m['val_loss']:.4f}"  # of answers, not of text
+        numbers = [f"{m['params']:,}", loss, f"{m['bits_per_char']:.2f}"]
+        seconds = [f"{m['seconds']:.0f}", "-" if "before" in m else share_of_nanogpt(m, results)]
         numbers += ["-", "-"] if taken_over(rung, results) else seconds
         numbers.append(lines_changed(rung) or "-")
         has_log = (LOGS / f"week_{week}.md").exists()
@@ -150,7 +175,7 @@ def readme_blocks(results):
 def plot_ladder(results):
     """Write logs/ladder.png: the validation curves of all rungs over training time, and how each ends."""
     trained = [rung for rung in RUNGS if rung in results["rungs"] and not taken_over(rung, results)]
-    runs = {rung: results["rungs"][rung] for rung in trained}
+    runs = {rung: results["rungs"][rung] for rung in trained if "before" not in results["rungs"][rung]}
     fig, ax = plt.subplots(figsize=(8, 4.8), layout="constrained")
     for i, (rung, run) in enumerate(runs.items()):
         seconds = [point["seconds"] for point in run["history"]]

@@ -85,7 +85,7 @@ def ranks():
     return {name: figures(metrics) for name, metrics in compare("ranks", RANKS).items()}
 
 
-def whole_word_name(words, names, rng):
+def whole_word_name(words, names, known, rng):
     """A name of one to three whole words of the plays."""
     name = " ".join(rng.choice(words) for _ in range(rng.randint(1, 3)))[:24]
     return name.upper() if rng.random() < 0.7 else name.title()
