@@ -5,7 +5,7 @@ and to stop (Ouyang et al. 2022). LoRA (Hu et al. 2021) trains a few numbers bes
 (Dettmers et al. 2023) does so on a base of 4 bits. The examples are made from the plays, or read from a file.
 
 Since v7_quantize.py
-  added:    LONGEST, LoRALinear, MADE, METHODS, MODEL, NF4, NF4Linear, SpecialRows, Unpacked, adapt, answer,
+  added:    LONGEST, LoRALinear, METHODS, MODEL, NF4, NF4Linear, SpecialRows, Unpacked, adapt, answer,
             batches, bits_per_char, chat, encode_chat, encode_examples, encode_prompt, find_base, grow,
             hash_of, invent_name, learned, load_adapter, load_tasks, load_val, make_examples, make_folder,
             make_model, make_optimizer, make_reading, measure, merge, pad, peak_memory, print_numbers,
@@ -63,8 +63,7 @@ MODEL = ("tokenizer", "vocab_size", "block_size", "n_embd", "n_head", "n_layer",
 METHODS = ("full", "lora", "qlora")
 # Fields that a flag may change when a saved model is loaded; all others stay as they were in its training.
 MAY_CHANGE = {"evaluate": ("device",), "sample": SAMPLING, "chat": SAMPLING}
-MAY_CHANGE["resume"] = (*TRAINING, "device", "seed", "base")
-MADE = ("n_examples", "n_passages", "renamed")  # of examples that are made from the plays
+MAY_CHANGE["resume"] = (*SAMPLING, *TRAINING, "base")
 LONGEST = 150  # characters of a speech that an example is made from: long ones take long and teach the same
 SPECIAL_TOKENS = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|context|>")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -882,15 +881,12 @@ def grow(vocab, weights, learned_from_text):
 
 
 def refuse_idle(flags, config):
-    """Exit if a flag would do nothing in training."""
+    """Exit if a flag would do nothing."""
     for name in flags:
-        reason = "goes with --sample or --chat" if name in {*SAMPLING} - {"device", "seed"} else ""
-        reason = (
-            "goes with --method lora or qlora" if name[:5] == "lora_" and config.method == "full" else reason
-        )
-        reason = "goes with examples from the plays" if name in MADE and config.instructions else reason
-        if reason:
-            sys.exit(f"error: --{name} {reason}; leave it out")
+        if config.method == "full" and name in ("lora_rank", "lora_alpha", "lora_targets"):
+            sys.exit(f"error: --{name} does nothing in --method full; leave it out, or choose lora or qlora")
+        if config.instructions and name in ("n_examples", "n_passages", "renamed"):
+            sys.exit(f"error: --{name} is about examples from the plays; with --instructions leave it out")
 
 
 def make_folder(config):
@@ -954,7 +950,7 @@ def load_checkpoint(mode, flags, folder):
     saved = asdict(Config(**saved)) | {"out_dir": flags.get("out_dir", Config.out_dir)}
     may_change = kinds.keys() - {*MODEL, "adapter"} if mode == "train" else MAY_CHANGE[mode]
     if mode == "resume" and flags.get("max_steps", saved["max_steps"]) <= checkpoint["step"]:
-        may_change = ("device", "base")  # nothing is left to train
+        may_change = (*SAMPLING, "base")  # nothing is left to train
     if mode == "train" and checkpoint["step"] < checkpoint["config"].get("max_steps", 0):
         print(f"note: the training of the model in {folder} is not finished", file=sys.stderr)
     for name, value in flags.items():
@@ -1317,17 +1313,17 @@ def main():
     if training:
         before, answers_before = checkpoint["before"]
         metrics = report(model, before, numbers, config, checkpoint)
-        sample = show_answers(tasks, answers_before, answers)
-        print(sample)
-        save_report(metrics, sample, config)
-    elif mode == "evaluate":
+        print(examples := show_answers(tasks, answers_before, answers))
+    if mode == "evaluate":
         print_numbers({"now": numbers})
     elif mode == "chat":
         chat(model, tokenizer, config)
     else:
         context, prompt = (text.replace("\\n", "\n") for text in (config.context, config.prompt))
         turns = [("context", context)] if context else []
-        answer(model, [*turns, ("user", prompt)], tokenizer, config)
+        sample = answer(model, [*turns, ("user", prompt)], tokenizer, config)
+    if training:
+        save_report(metrics, f"{examples}\n{sample}\n", config)
 
 
 if __name__ == "__main__":

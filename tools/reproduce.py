@@ -99,7 +99,7 @@ def result_line(metrics):
             f"{plain['bits_per_char']:.2f}, {plain['new_tokens_per_second']:.0f} on {machine}."
         )
     if "names_right" in metrics:  # v8, a model that answers
-        before = metrics["before"][0]
+        before = metrics["before"]
         return (
             f"Result: {metrics['names_right']:.1%} of new names right, before {before['names_right']:.1%}; "
             f"plain text {metrics['bits_per_char']:.2f} bits/char, {metrics['seconds']:.0f} s on {machine}."

@@ -47,7 +47,7 @@ def seeds():
         results[method] = {name: spread(run[name] for run in runs) for name in runs[0]}
         results[method]["history"] = found[f"{method}_1"]["history"]
     draw_loss(results)
-    return results | {"before": found["full_1"]["before"][0]}
+    return results | {"before": found["full_1"]["before"]}
 
 
 def draw_loss(results):
@@ -205,7 +205,7 @@ def examples():
     """Some answers of the default run, before and after."""
     metrics = kept(RUNG, ROOT / "runs" / RUNG, {}, {}) or run_default(RUNG)
     sample = (ROOT / "runs" / RUNG / "sample.txt").read_text(encoding="utf-8")
-    return {"sample": sample, "names_right": metrics["names_right"], "before": metrics["before"][0]}
+    return {"sample": sample, "names_right": metrics["names_right"], "before": metrics["before"]}
 
 
 EXPERIMENTS = {
