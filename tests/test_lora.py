@@ -1496,3 +1496,20 @@ def test_help_names_every_flag_with_meaning_and_default(tmp_path):
     assert all(mode in text for mode in ("--sample", "--chat", "--evaluate", "--resume"))
     for name, field in v8.Config.__dataclass_fields__.items():
         assert re.search(rf"--{name}[ ,]", text) and f"(default: {field.default!r})" in text, name
+
+
+# ---------------------------------------------- weights out ----------------------------------------------
+
+
+def test_a_vocabulary_of_characters_that_has_grown_is_exported():
+    export, tokenizers = pytest.importorskip("export"), pytest.importorskip("tokenizers")
+    vocab = [*"\n !:ab<>|endoftxusr", *v8.SPECIAL_TOKENS]
+    ours, theirs = v8.make_tokenizer(vocab), export.published_tokenizer(vocab)
+    assert isinstance(theirs, tokenizers.Tokenizer)
+    assert theirs.encode("a b:\nba!").ids == ours.encode("a b:\nba!")
+    assert theirs.encode(f"{USER}a{END}").ids == [
+        ours.special_tokens[USER],
+        *ours.encode("a"),
+        vocab.index(END),
+    ]
+    assert theirs.decode(ours.encode("ab ba")) == "ab ba"

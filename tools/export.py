@@ -18,6 +18,7 @@ from common import RUNGS, number
 from safetensors.torch import save_file
 
 import v5_gpt2
+import v8_lora
 from bpe_tokenizer import END_OF_TEXT
 
 
@@ -92,11 +93,12 @@ def published_tokenizer(vocab):
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     except ImportError:
         sys.exit("error: this needs the package tokenizers: pip install tokenizers")
-    ours = v5_gpt2.make_tokenizer(vocab)
-    if isinstance(vocab, str):
+    ours = v8_lora.make_tokenizer(vocab)
+    if not isinstance(vocab, dict):
         tokenizer = Tokenizer(models.WordLevel(ours.ids, unk_token=""))
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         tokenizer.decoder = decoders.Fuse()
+        tokenizer.add_special_tokens([AddedToken(token, special=True) for token in ours.special_tokens])
         return tokenizer
     ids = {name: i for i, name in enumerate(ours.names)}
     tokenizer = Tokenizer(models.BPE(ids, [tuple(merge.split(" ")) for merge in vocab["merges"]]))
@@ -122,7 +124,7 @@ def export(run, folder):
     settings |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT} if end is not None else {}
     write_json(folder / "tokenizer_config.json", settings)
     tokenizer.save(str(folder / "tokenizer.json"))
-    if not isinstance(vocab, str):
+    if isinstance(vocab, dict):
         write_json(folder / "vocab.json", tokenizer.get_vocab())
         merges = "\n".join(["#version: 0.2", *vocab["merges"], ""])
         (folder / "merges.txt").write_text(merges, encoding="utf-8", newline="\n")
