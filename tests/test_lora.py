@@ -113,7 +113,9 @@ def from_gpt2(weights, config):
 
 @pytest.mark.filterwarnings("ignore")
 def test_outputs_and_merged_weights_are_those_of_peft():
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    import peft
+    import transformers
+
     sizes = dict(n_embd=32, n_head=2, n_layer=2, vocab_size=V)
     _, _, config = make_model("lora", position="learned", lora_rank=4, lora_alpha=6.0, **sizes)
     torch.manual_seed(1)

@@ -72,7 +72,7 @@ def adapt_with_frozen_norms(model, config, special_ids):
     return model
 
 
-RANKS = {f"rank {r}": (None, LORA | dict(lora_rank=r, lora_alpha=2.0 * r)) for r in (1, 2, 4, 16)}
+RANKS = {f"rank {r}": (None, LORA | dict(lora_rank=r, lora_alpha=2.0 * r)) for r in (1, 2, 4)}
 RANKS |= {
     "rank 8, attention only": (None, LORA | dict(lora_targets="qkv,proj")),
     "rank 8, MLPs only": (None, LORA | dict(lora_targets="mlp.0,mlp.2")),
@@ -131,7 +131,6 @@ def mistakes():
 
 PASSAGES = {
     "full": (None, dict(n_passages=3)),
-    "lora": (None, LORA | dict(n_passages=3)),
     "full, 6,000 steps": (None, dict(n_passages=3, max_steps=6000)),
 }
 
