@@ -82,7 +82,7 @@ class Config:
     lora_rank: int = 8  # columns of each adapter's two matrices
     lora_alpha: float = 16.0  # what an adapter adds is multiplied by lora_alpha / lora_rank
     lora_targets: str = "qkv,proj,mlp.0,mlp.2"  # the linear layers of a block that get an adapter
-    n_examples: int = 24_000  # examples made from the plays
+    n_examples: int = 48_000  # examples made from the plays
     n_passages: int = 1  # passages in a reading example, one of which has the answer
     renamed: float = 0.75  # share of the reading examples whose names are invented
     device: str = "auto"  # auto, cuda, mps or cpu
@@ -229,7 +229,7 @@ def invent_name(words, names, known, rng):
         part = rng.choice(names) if kind == 2 else part
         parts.append(part[rng.randrange(len(part)) if kind else 0 :])
     name = rng.choice(("", " ", "-")).join(parts)[:24].strip(" '-")
-    name = name.upper() if rng.random() < 0.7 else name.title()
+    name = name.upper() if rng.random() < 0.5 else name.title()
     return invent_name(words, names, known, rng) if name in {"", *known} else name
 
 
