@@ -1,15 +1,16 @@
 """v8, week 9: following instructions: fine-tuning in full, LoRA, QLoRA. A model that answers.
 
-A base model goes on with any text. Shown some thousand examples of question and answer it learns to answer,
+A base model goes on with any text. Shown thousands of examples of question and answer it learns to answer,
 and to stop (Ouyang et al. 2022). LoRA (Hu et al. 2021) trains a few numbers beside each frozen matrix, QLoRA
 (Dettmers et al. 2023) does so on a base of 4 bits. The examples are made from the plays, or read from a file.
 
 Since v7_quantize.py
   added:    LONGEST, LoRALinear, METHODS, MODEL, NF4, NF4Linear, SpecialRows, Unpacked, adapt, answer,
-            batches, bits_per_char, chat, encode_chat, encode_examples, encode_prompt, find_base, grow,
-            hash_of, invent_name, learned, load_adapter, load_tasks, load_val, make_examples, make_folder,
-            make_model, make_optimizer, make_reading, measure, merge, pad, peak_memory, print_numbers,
-            read_instructions, read_speeches, refuse_idle, show_answers, some_words, windows
+            batches, bits_per_char, chat, encode_chat, encode_examples, encode_prompt, find_base, fit_window,
+            grow, hash_of, invent_name, learned, load_adapter, load_tasks, load_val, make_examples,
+            make_folder, make_model, make_optimizer, make_reading, measure, merge, pad, peak_memory,
+            print_numbers, read_instructions, read_speeches, refuse_idle, show_answers, some_words, to_text,
+            windows
   changed:  CharTokenizer, Config, MAY_CHANGE, SAMPLING, evaluate, generate, get_batch, keep_finished,
             load_checkpoint, main, make_tokenizer, parse_flags, report, save_checkpoint, save_report, train
   removed:  FloatLinear, Int4Linear, Int8Linear, KINDS, QUANTIZING, QuantizedLinear, VOCAB_TEXT,
@@ -35,6 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -79,7 +81,7 @@ class Config:
     adapter: str = ""  # to answer with: an adapter.pt of lora or qlora, put on --base
     out_dir: str = f"runs/{NAME}"  # folder for the checkpoint, the adapter, metrics, pictures and answers
     method: str = "full"  # full: all weights learn; lora: a few beside them; qlora: lora on a 4-bit base
-    lora_rank: int = 8  # columns of each adapter's two matrices
+    lora_rank: int = 8  # rows of A and columns of B, an adapter's two matrices
     lora_alpha: float = 16.0  # what an adapter adds is multiplied by lora_alpha / lora_rank
     lora_targets: str = "qkv,proj,mlp.0,mlp.2"  # the linear layers of a block that get an adapter
     n_examples: int = 48_000  # examples made from the plays
@@ -127,6 +129,8 @@ class Config:
             sys.exit("error: --dropout and --beta2 must be below 1, --top_p and --renamed at most 1")
         if self.greedy and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
             sys.exit("error: --greedy takes --temperature 1 --top_k 0 --top_p 1 only; --no-greedy draws")
+        if self.n_examples < 2:
+            sys.exit("error: --n_examples must be at least 2, a question and a reply")
         if self.n_embd % self.n_head:
             sys.exit(f"error: --n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}")
         choices = {"position": ("learned", "rope"), "method": METHODS}
@@ -254,12 +258,13 @@ def make_examples(speeches, n, config, rng, renamed, known=()):
     play's few names a model learns each by heart, of thousands it learns to copy. Names in `known` are not
     asked for.
     """
-    fitting = {speech for _, speech in speeches if len(speech) <= LONGEST}
-    short = [(name, speech) for name, speech in speeches if speech in fitting and len(speech.split()) >= 4]
+    short = [
+        (name, speech) for name, speech in speeches if len(speech) <= LONGEST and len(speech.split()) >= 4
+    ]
     asked = [(name, speech) for name, speech in short if name not in known]
     words = [word for _, speech in short for word in re.findall(r"[A-Za-z]{3,}", speech)]
     names = [name for name, _ in short]
-    turns = [(a, b) for a, b in pairwise(speeches) if {a[1], b[1]} <= fitting]
+    turns = [(a, b) for a, b in pairwise(speeches) if max(len(a[1]), len(b[1])) <= LONGEST]
     if not asked or not turns:
         sys.exit(
             f"error: --data {config.data} has no speeches under lines such as JULIET: ; use --instructions"
@@ -295,12 +300,13 @@ def read_instructions(path):
                 turns = [("context", record["input"])] if record.get("input") else []
                 turns += [("user", record["instruction"]), ("assistant", record["output"])]
             if not all(isinstance(text, str) and text for _, text in turns):
-                raise ValueError("a text is missing")
+                raise ValueError("a text is missing, empty or no string")
+            "".join(text for _, text in turns).encode()  # half a character is no text
             if [role for role, _ in turns][-2:] != ["user", "assistant"]:
                 raise ValueError("it must end with a turn of the user and one of the assistant")
             conversations.append(turns)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            reason = f"{error} is missing, or no role" if isinstance(error, KeyError) else str(error)
             sys.exit(f"error: line {number} of {path} is no example ({reason})")
     if len(conversations) < 2:
         sys.exit(f"error: there are fewer than two examples in --instructions {path}")
@@ -327,6 +333,11 @@ def encode_prompt(turns, tokenizer):
     return encode_chat(turns, tokenizer)[0] + [tokenizer.special_tokens["<|assistant|>"]]
 
 
+def to_text(ids, tokenizer):
+    """The text of an answer's ids, without its end."""
+    return tokenizer.decode([i for i in ids if i != tokenizer.special_tokens[SPECIAL_TOKENS[0]]])
+
+
 def encode_examples(conversations, tokenizer, config):
     """The encoded conversations that fit the window, shortest first: neighbours fill a batch."""
     examples = [encode_chat(turns, tokenizer) for turns in conversations]
@@ -337,8 +348,8 @@ def load_tasks(config, tokenizer):
     """What to learn from, "stages" and "val", and what to measure with, "exam" and "replies".
 
     A stage is a list of encoded examples. From the plays there are two: questions about a passage alone, then
-    with replies among them (a curriculum, Bengio et al. 2009). The exam asks for names that no training
-    example has. All but the stages is held out.
+    with replies among them (a curriculum, Bengio et al. 2009). The exam asks for names that stand above no
+    speech that is learned from. All but the stages is held out.
     """
     rng = random.Random(config.seed)
     if config.instructions:
@@ -360,7 +371,8 @@ def load_tasks(config, tokenizer):
     found = {"stages": [encode_examples(stage, tokenizer, config) for stage in stages]}
     found |= {"val": encode_examples(exam + held_out, tokenizer, config), "exam": exam, "replies": held_out}
     if not all([*found["stages"], found["val"]]):
-        sys.exit(f"error: no example fits the base's window of {config.block_size} tokens")
+        window = f"the base's window of {config.block_size} tokens"
+        sys.exit(f"error: nothing to learn from, or nothing to measure with, fits {window}")
     if dropped := len(stages[-1]) - len(found["stages"][-1]):
         print(f"note: {dropped:,} of {len(stages[-1]):,} examples are longer than the window and left out")
     return found
@@ -382,12 +394,15 @@ def pad(examples):
 
 
 def get_batch(examples, config):
-    """Draw neighbours in length from sorted `examples`; return inputs and targets, both (B, T)."""
+    """Draw neighbours in length from sorted `examples`; return inputs and targets, both (B, T).
+
+    Of one length questions come before replies, so most batches are of one kind.
+    """
     start = torch.randint(max(1, len(examples) - config.batch_size + 1), ()).item()
     return pad(examples[start : start + config.batch_size])
 
 
-def batches(examples, config):
+def batches(examples):
     """All examples as batches, for evaluate."""
     return (pad(examples[i : i + 64]) for i in range(0, len(examples), 64))
 
@@ -577,7 +592,8 @@ NF4 += (0.7229568362236023, 1.0)
 class NF4Linear(nn.Module):
     """A frozen nn.Linear in 4 bits (Dettmers et al. 2023): weight = NF4[code] * scale.
 
-    Each 64 weights share a scale. The scales are quantized again, 256 of them to 8 bits with one step.
+    Each 64 weights share a scale. The scales, less their mean, are quantized again, to whole numbers of 8
+    bits (in the paper floats), of which 256 share a step.
     """
 
     def __init__(self, layer):
@@ -651,19 +667,18 @@ def save_checkpoint(checkpoint, config, name="checkpoint.pt"):
 
 def keep_finished(config):
     """Rename the files of a finished run that a new one is about to replace."""
-    checkpoint, *others = (
-        Path(config.out_dir, name) for name in ("checkpoint.pt", "metrics.json", "adapter.pt")
-    )
+    names = ("checkpoint.pt", "metrics.json", "adapter.pt")
+    checkpoint, metrics, adapter = files = [Path(config.out_dir, name) for name in names]
     previous = checkpoint.with_suffix(".previous.pt")
-    if checkpoint.exists() and (others[0].exists() or not previous.exists()):
-        for path in (checkpoint, *others):
+    if checkpoint.exists() and (metrics.exists() or not previous.exists()):
+        for path in files:
             kept = path.with_suffix(f".previous{path.suffix}")
             kept.unlink(missing_ok=True)  # of a run before that one
             if path.exists():
                 path.replace(kept)
         print(f"\nthe model that was in {config.out_dir} is now {previous.name}", file=sys.stderr)
     elif checkpoint.exists():
-        others[1].unlink(missing_ok=True)  # of an unfinished run
+        adapter.unlink(missing_ok=True)  # of an unfinished run
 
 
 def load_weights(model, weights):
@@ -712,7 +727,8 @@ def train(model, stages, val, config, checkpoint):
         x, y = get_batch(examples, config)
         checkpoint["tokens"] += x.numel()
         model.zero_grad()
-        with autocast, sdpa_kernel(SDPBackend.MATH):  # on CPUs its gradient is faster for texts this short
+        plain = device.type == "cpu" and x.shape[1] <= 256  # there the plain formula's gradient is faster
+        with autocast, sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
             loss = model.loss(x, y) / (y != -100).sum()
         loss.backward()
         for group in optimizer.param_groups:
@@ -731,7 +747,7 @@ def train(model, stages, val, config, checkpoint):
                 sys.exit(f"\nerror: the loss is not finite at step {step}; try a lower --learning_rate")
         if evaluate_now:
             some = [part[:: max(1, len(part) // 256)] for part in (stages[-1], val)]
-            train_loss, val_loss = (evaluate(model, batches(part, config)) for part in some)
+            train_loss, val_loss = (evaluate(model, batches(part)) for part in some)
             if not math.isfinite(val_loss):
                 sys.exit(f"\nerror: the loss is not finite at step {step}; try a lower --learning_rate")
             point = {"step": step, "seconds": seconds, "train_loss": train_loss, "val_loss": val_loss}
@@ -909,7 +925,7 @@ def find_base(flags):
             if getattr(config, name) != getattr(Config, name):
                 sys.exit(f"error: --{name} cannot change, it is {getattr(Config, name)!r} in the base of v6")
         make_folder(config)
-        next(read_data(config.data))
+        next(read_data(config.data))  # what cannot be read is refused now, and not after minutes of training
         if config.instructions:
             read_instructions(config.instructions)
         print("there is no base yet: runs v6_amp_ddp.py first, some three minutes on two cores", flush=True)
@@ -921,7 +937,7 @@ def find_base(flags):
 def load_checkpoint(mode, flags, folder):
     """Return the checkpoint in `folder` and its Config with `flags` in it; exits if they do not fit.
 
-    In mode train it is the base's, of which the Config takes over what the model is.
+    In mode train it is the base's, of which the Config takes over what the model is, and its text.
     """
     kinds = {field.name: field.type for field in fields(Config)}
     try:
@@ -956,7 +972,8 @@ def load_checkpoint(mode, flags, folder):
     for name, value in flags.items():
         if value != saved[name] and name not in may_change:
             reason = f"--{name} cannot change, it is {saved[name]!r} in the model in {folder}"
-            sys.exit(f"error: {reason}; leave out that flag or train anew: python {NAME}.py")
+            other = "name another --base" if mode == "train" else f"train anew: python {NAME}.py"
+            sys.exit(f"error: {reason}; leave out that flag or {other}")
     return checkpoint, Config(**saved | flags)
 
 
@@ -980,7 +997,8 @@ def load_adapter(mode, flags):
 
 def make_model(base, checkpoint, config, device):
     """Return a model that is adapted to learn, with what it has learned so far, and the plain base."""
-    if checkpoint.setdefault("base_hash", hash_of(base["model"])) != hash_of(base["model"]):
+    base_hash = hash_of(base["model"])
+    if checkpoint.setdefault("base_hash", base_hash) != base_hash:
         sys.exit(
             f"error: the model in {config.base} is not the base that this was trained on; name that: --base"
         )
@@ -1019,8 +1037,9 @@ def measure(model, tasks, val_ids, tokenizer, config):
 
     def share_right(conversations):
         answers = ask(conversations, 32)
-        names = [tokenizer.decode([i for i in ids if i != end]) for ids in answers]
-        right = [turns[-1][1] == name for turns, name in zip(conversations, names, strict=True)]
+        right = [
+            turns[-1][1] == to_text(ids, tokenizer) for turns, ids in zip(conversations, answers, strict=True)
+        ]
         return sum(right) / len(right), answers
 
     answers, numbers = ask(tasks["replies"][:100], 100), {}
@@ -1030,11 +1049,11 @@ def measure(model, tasks, val_ids, tokenizer, config):
         numbers["without_passage"], _ = share_right([turns[1:] for turns in exam])
         answers, replies = answers + names, names[:10] + replies
     numbers["answers_ended"] = sum(ids[-1] == end for ids in answers) / len(answers)
-    numbers["val_loss"] = evaluate(model, batches(tasks["val"], config))
+    numbers["val_loss"] = evaluate(model, batches(tasks["val"]))
     if examples := encode_examples(tasks["replies"], tokenizer, config):
-        numbers["reply_loss"] = evaluate(model, batches(examples, config))
+        numbers["reply_loss"] = evaluate(model, batches(examples))
     numbers["bits_per_char"] = bits_per_char(model, val_ids, tokenizer, config)
-    return numbers, [tokenizer.decode([i for i in ids if i != end]) for ids in replies]
+    return numbers, [to_text(ids, tokenizer) for ids in replies]
 
 
 def peak_memory(device):
@@ -1066,11 +1085,14 @@ def report(model, before, after, config, checkpoint):
     learning, saved = learned(model), model.state_dict()
     n_learned = sum(x.numel() for x in learning.values())
     added = {name: x for name, x in learning.items() if name.endswith(("lora_A", "lora_B", ".rows"))}
+    # The rows of special tokens take the place of some that the embedding has.
     n_all = plain + sum(x.numel() for name, x in added.items() if not name.endswith(".rows"))
     base_bytes = sum(x.nbytes for name, x in saved.items() if name not in added)
     print_numbers({"before": before, "after": after})
     print(f"{'learned':>18} {n_learned:,} of {n_all:,} numbers, {n_learned / n_all:.2%}")
     print(f"{'base':>18} {base_bytes / 1e6:.2f} MB, {base_bytes / 4 / plain:.1%} of what it is in float32")
+    memory = peak_memory(model.norm.weight.device)
+    print(f"{'peak memory':>18} {memory / 1e9:.2f} GB, of all that this process did")
     print(f"{'seconds':>18} {checkpoint['seconds']:,.0f}")
     print(f"{'files in':>18} {config.out_dir}\n")
     metrics = {"version": NAME, "params": plain, "learned": n_learned, "share_learned": n_learned / n_all}
@@ -1079,7 +1101,7 @@ def report(model, before, after, config, checkpoint):
     metrics |= {"perplexity": math.exp(min(after["val_loss"], 700))}  # a float holds no more
     metrics |= {"seconds": checkpoint["seconds"], "tokens": checkpoint["tokens"]}
     metrics |= {"tokens_per_second": checkpoint["tokens"] / checkpoint["seconds"]}
-    metrics |= {"peak_memory": peak_memory(model.norm.weight.device), "config": asdict(config)}
+    metrics |= {"peak_memory": memory, "config": asdict(config)}
     metrics |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     return metrics | {"device": model.norm.weight.device.type, "history": checkpoint["history"]}
 
@@ -1091,9 +1113,8 @@ def show_answers(tasks, before, after):
     for turns, *answers in zip(asked, before, after, strict=True):
         lines += [f"<|{role}|> {text}" for role, text in turns[:-1]]
         labels = ("before", "after", "right" if turns[0][0] == "context" else "in the text")
-        lines += [
-            f"{label:>11}: {text!r}" for label, text in zip(labels, (*answers, turns[-1][1]), strict=True)
-        ]
+        for label, text in zip(labels, (*answers, turns[-1][1]), strict=True):
+            lines.append(f"{label:>11}: {text!r}")
         lines.append("")
     return "\n".join(lines)
 
@@ -1227,37 +1248,41 @@ def generate(model, prompts, config, stop=None, show=None, n_rows=32):
     return [done[i] for i in range(len(prompts))]
 
 
-def answer(model, turns, tokenizer, config):
-    """Print and return the answer to a conversation; where it is too long its oldest turns are left out."""
-    end, printed = tokenizer.special_tokens[SPECIAL_TOKENS[0]], ""
+def fit_window(turns, tokenizer, config):
+    """Return the ids of a prompt. To fit, the oldest questions are left out, but never the passage."""
+    passage, turns = [x for x in turns if x[0] == "context"], [x for x in turns if x[0] != "context"]
     room = config.block_size - min(config.max_new_tokens, config.block_size // 2)
-    while len(prompt := encode_prompt(turns, tokenizer)) > room and len(turns) > 1:
-        turns = turns[1:]
-        if turns[0][0] == "assistant":
-            turns = turns[1:]
+    while len(ids := encode_prompt(passage + turns, tokenizer)) > room and len(turns) > 1:
+        turns = turns[2:]  # the oldest question and its answer
+    if len(ids) > config.block_size:
+        sys.exit(f"error: what is asked has {len(ids)} tokens, the model reads {config.block_size}")
+    return ids
+
+
+def answer(model, turns, tokenizer, config):
+    """Print and return the answer to a conversation, a list of (role, text)."""
+    end, printed = tokenizer.special_tokens[SPECIAL_TOKENS[0]], ""
 
     def show(ids):
         nonlocal printed
-        text = tokenizer.decode([i for i in ids if i != end]).rstrip(
-            "\ufffd"
-        )  # a character may have only begun
+        text = to_text(ids, tokenizer).rstrip("\ufffd")  # without a character that has only begun
         print(text[len(printed) :], end="", flush=True)
         printed = text
 
-    ids = generate(model, [prompt], config, end, show if config.stream else None)[0]
-    text = tokenizer.decode([i for i in ids if i != end])
+    prompt = fit_window(turns, tokenizer, config)
+    text = to_text(generate(model, [prompt], config, end, show if config.stream else None)[0], tokenizer)
     print(text[len(printed) :])
     return text
 
 
 def chat(model, tokenizer, config):
-    """A conversation in the terminal, until an empty line or Ctrl-C."""
+    """A conversation in the terminal, until an empty line or the end of the input."""
     turns = [("context", config.context.replace("\\n", "\n"))] if config.context else []
     print("an empty line ends the conversation")
     while True:
         try:
             text = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             text = ""
         if not text:
             return
@@ -1296,16 +1321,21 @@ def main():
         model = LanguageModel(config, config.vocab_size).to(device)
         load_weights(model, checkpoint["model"])
     tokenizer = make_tokenizer(checkpoint["vocab"])
+    context, prompt = (text.replace("\\n", "\n") for text in (config.context, config.prompt))
+    turns = [("context", context)] * bool(context) + [("user", prompt)]
+    if mode not in ("evaluate", "chat"):
+        fit_window(turns, tokenizer, config)  # what cannot be asked is refused before any work
 
     if mode in ("train", "resume", "evaluate"):
         tasks = load_tasks(config, tokenizer)
         val_ids = load_val(config, checkpoint["vocab"])
     if mode == "train":
-        print(f"fine-tunes the model in {config.base}: --method {config.method}", flush=True)
+        print(f"fine-tunes the model in {config.base}: --method {config.method}; first its exam", flush=True)
         checkpoint["before"] = measure(plain, tasks, val_ids, tokenizer, config)
         if config.method == "qlora":
-            bits = [bits_per_char(which, val_ids, tokenizer, config) for which in (plain, model)]
-            print("4 bits a weight cost the base {:.4f} to {:.4f} bits per character".format(*bits))
+            rounded = bits_per_char(model, val_ids, tokenizer, config)
+            was = checkpoint["before"][0]["bits_per_char"]
+            print(f"in 4 bits the base needs {rounded:.4f} bits per character, as it was {was:.4f}")
     if training:
         train(model, tasks["stages"], tasks["val"], config, checkpoint)
     if mode in ("train", "resume", "evaluate"):
@@ -1319,9 +1349,7 @@ def main():
     elif mode == "chat":
         chat(model, tokenizer, config)
     else:
-        context, prompt = (text.replace("\\n", "\n") for text in (config.context, config.prompt))
-        turns = [("context", context)] if context else []
-        sample = answer(model, [*turns, ("user", prompt)], tokenizer, config)
+        sample = answer(model, turns, tokenizer, config)
     if training:
         save_report(metrics, f"{examples}\n{sample}\n", config)
 

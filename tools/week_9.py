@@ -1,13 +1,18 @@
 """The experiments of week 9: python tools/week_9.py [experiment ...]
 
-They begin with the model of v6's default run. All but `times` have one thread a run, two runs at a time.
+They begin with the model of v6's default run. What is compared has one thread a run, as many runs at a time as
+there are cores; `times` and `examples` take the default run with all cores.
 """
+
+from functools import partial
+from unittest.mock import patch
 
 import matplotlib.pyplot as plt
 import torch
 from common import LOGS, ROOT, kept, machine, run, run_all, run_default, run_experiments, spread, table
 
 import v8_lora as v8
+from v8_lora import encode_chat, load_tasks  # the rung's own, also where stand-ins replace them
 
 RUNG, SEEDS = "v8_lora", (1, 2, 3)
 BASE = ROOT / "runs" / "v6_amp_ddp"
@@ -63,36 +68,17 @@ def draw_loss(results):
     plt.close(fig)
 
 
-def adapt_with_frozen_norms(model, config, special_ids):
-    """v8's adapt, but norms stay as they are."""
-    model = v8.adapt(model, config, special_ids)
-    for part in model.modules():
-        if isinstance(part, torch.nn.LayerNorm):
-            part.requires_grad_(False)
-    return model
-
-
-RANKS = {f"rank {r}": (None, LORA | dict(lora_rank=r, lora_alpha=2.0 * r)) for r in (1, 4)}
-RANKS |= {
-    "rank 8, attention only": (None, LORA | dict(lora_targets="qkv,proj")),
-    "rank 8, MLPs only": (None, LORA | dict(lora_targets="mlp.0,mlp.2")),
-    "rank 8, norms frozen": (dict(adapt=adapt_with_frozen_norms), LORA),
-}
-
-
-def ranks():
-    """LoRA with other ranks, other targets, and with norms that do not learn; one seed."""
-    return {name: figures(metrics) for name, metrics in compare("ranks", RANKS).items()}
-
-
 def whole_word_name(words, names, known, rng):
-    """A name of one to three whole words of the plays."""
-    name = " ".join(rng.choice(words) for _ in range(rng.randint(1, 3)))[:24]
-    return name.upper() if rng.random() < 0.5 else name.title()
+    """A name of one to three whole words of the plays, as v8's invent_name but for ends and joints."""
+    name = " ".join(rng.choice(words) for _ in range(rng.randint(1, 3)))[:24].strip(" '-")
+    name = name.upper() if rng.random() < 0.5 else name.title()
+    return whole_word_name(words, names, known, rng) if name in {"", *known} else name
 
 
-NAMES = {f"{share:.0%} invented": (None, dict(renamed=share)) for share in (0.0, 0.25)}
-NAMES |= {"75%, whole words, LoRA": (dict(invent_name=whole_word_name), LORA)}
+NAMES = {
+    "none invented": (None, dict(renamed=0.0)),
+    "three quarters, of whole words, LoRA": (dict(invent_name=whole_word_name), LORA),
+}
 
 
 def names():
@@ -102,21 +88,28 @@ def names():
 
 def learn_the_prompt_too(turns, tokenizer):
     """v8's encode_chat, but all tokens are learned."""
-    ids, _ = v8.encode_chat(turns, tokenizer)
+    ids, _ = encode_chat(turns, tokenizer)
     return ids, [True] * len(ids)
 
 
 def learn_no_end(turns, tokenizer):
     """v8's encode_chat, but no answer ends with <|endoftext|>."""
-    ids, learned = v8.encode_chat(turns, tokenizer)
+    ids, learned = encode_chat(turns, tokenizer)
     end = tokenizer.special_tokens[v8.SPECIAL_TOKENS[0]]
     keep = [i for i, x in enumerate(ids) if x != end]
     return [ids[i] for i in keep], [learned[i] for i in keep]
 
 
+def load_tasks_with(config, tokenizer, encode):
+    """v8's load_tasks, but what is learned from is encoded otherwise; what is measured is not."""
+    with patch.object(v8, "encode_chat", encode):
+        stages = load_tasks(config, tokenizer)["stages"]
+    return load_tasks(config, tokenizer) | {"stages": stages}
+
+
 MISTAKES = {
-    "loss on the prompt too": (dict(encode_chat=learn_the_prompt_too), {}),
-    "no end token": (dict(encode_chat=learn_no_end), {}),
+    "loss on the prompt too": (dict(load_tasks=partial(load_tasks_with, encode=learn_the_prompt_too)), {}),
+    "no end token": (dict(load_tasks=partial(load_tasks_with, encode=learn_no_end)), {}),
     "step size of pretraining": (None, dict(learning_rate=0.02)),
 }
 
@@ -126,7 +119,7 @@ def mistakes():
     return {name: figures(metrics) for name, metrics in compare("mistakes", MISTAKES).items()}
 
 
-PASSAGES = {"full, 6,000 steps": (None, dict(n_passages=3, max_steps=6000))}
+PASSAGES = {"full": (None, dict(n_passages=3)), "lora": (None, LORA | dict(n_passages=3))}
 
 
 def passages():
@@ -135,11 +128,13 @@ def passages():
 
 
 def times():
-    """Each method alone, all cores, default settings: seconds of training and memory."""
+    """Each method alone, all cores, default settings: seconds of training, and the memory of the process."""
     results = {"machine": machine()}
-    for method, flags in FLAGS.items():
-        metrics = run(RUNG, f"week_9/times/{method}", base=BASE, **flags)
-        results[method] = {"seconds": metrics["seconds"], "peak_memory": metrics["peak_memory"]}
+    runs = {"full": kept(RUNG, ROOT / "runs" / RUNG, {}, {}) or run_default(RUNG)}
+    for method in ("lora", "qlora"):
+        runs[method] = run(RUNG, f"week_9/times/{method}", base=BASE, **FLAGS[method])
+    for method, metrics in runs.items():
+        results[method] = {name: metrics[name] for name in ("seconds", "peak_memory", "names_right")}
     return results
 
 
@@ -203,7 +198,6 @@ def examples():
 
 EXPERIMENTS = {
     "seeds": seeds,
-    "ranks": ranks,
     "names": names,
     "mistakes": mistakes,
     "passages": passages,
@@ -242,17 +236,6 @@ def small_table(first, results):
     return table([first, "names right", "bits/char of plain text"], rows)
 
 
-def ranks_table(week):
-    """LoRA: rank and targets."""
-    eight = week["seeds"]["lora"]
-    results = {"rank 8, all": {name: eight[name]["values"][0] for name in ("names_right", "learned")}}
-    rows = [
-        [name, f"{m['learned']:,.0f}", percent(m["names_right"])]
-        for name, m in sorted((results | week["ranks"]).items(), key=lambda item: item[1]["learned"])
-    ]
-    return table(["adapters", "numbers that learn", "names right"], rows)
-
-
 def mistakes_table(week):
     """Three mistakes beside the same run without."""
     names = ("names_right", "answers_ended", "bits_per_char", "reply_loss")
@@ -276,16 +259,17 @@ def some_examples(sample):
 def tables(results):
     """The tables of logs/week_9.md."""
     week = results["week_9"]
-    full = week["seeds"]["full"]
-    names = week["names"] | {
-        "75% invented": {name: full[name]["values"][0] for name in ("names_right", "bits_per_char")}
+    own = {
+        f"three quarters, of words and ends, {method}": {
+            name: week["seeds"][method][name]["values"][0] for name in ("names_right", "bits_per_char")
+        }
+        for method in ("full", "lora")
     }
-    order = ["0% invented", "25% invented", "75% invented", "75%, whole words, LoRA"]
+    names = own | week["names"]
     return {
         "week_9": {
             "methods": methods_table(week),
-            "ranks": ranks_table(week),
-            "names": small_table("names in the passages", {name: names[name] for name in order}),
+            "names": small_table("names in the passages", names),
             "mistakes": mistakes_table(week),
             "passages": small_table("three passages", week["passages"]),
             "examples": some_examples(week["examples"]["sample"]),
