@@ -1,7 +1,7 @@
 """The experiments of week 9: python tools/week_9.py [experiment ...]
 
-They begin with the model of v6's default run. What is compared has one thread a run, as many runs at a time as
-there are cores; `times` and `examples` take the default run with all cores.
+They begin with the model of v6's default run. What is compared has one thread a run, as many runs at a time
+as there are cores; `times` and `examples` take the default run, with all cores.
 """
 
 from functools import partial
