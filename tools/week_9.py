@@ -138,6 +138,19 @@ def times():
     return results
 
 
+def rounding():
+    """Bits per character of plain text of the base as QLoRA keeps it, and as it is."""
+    base, config = v8.load_checkpoint("train", {}, BASE)
+    config.method, vocab, results = "qlora", base["vocab"], {}
+    checkpoint = {}
+    for name, model in zip(
+        ("in 4 bits", "as it is"), v8.make_model(base, checkpoint, config, "cpu"), strict=True
+    ):
+        tokenizer = v8.make_tokenizer(checkpoint["vocab"])
+        results[name] = v8.bits_per_char(model, v8.load_val(config, vocab), tokenizer, config)
+    return results
+
+
 def weights_of(folder):
     """The weights of a run's model."""
     return torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)["model"]
@@ -203,6 +216,7 @@ EXPERIMENTS = {
     "passages": passages,
     "update": update,
     "times": times,
+    "rounding": rounding,
     "by_hand": by_hand,
     "examples": examples,
 }
