@@ -6,9 +6,17 @@ near the model they began with. DPO (Rafailov et al. 2023) learns from the pairs
 simulated, by a function that likes kind words and dislikes cruel ones.
 
 Since v8_lora.py
-  added:    -
-  changed:  -
-  removed:  -
+  added:    CRUEL, JUDGING, KIND, PAIR, Prompt, ROLLOUTS, WithHead, advantages, annotate, clipped_loss,
+            dpo_loss, encode_pairs, encode_replies, end_of, exact_kl, judge_folder, judge_pairs, load_judge,
+            load_pairs, load_prompts, log_probs, make_draw, make_prompts, policy_loss, preference_loss,
+            read_preferences, reward_loss, sample, score, to_prompts, true_reward, value_loss, whiten,
+            without_adapters
+  changed:  Config, KVCache, LoRALinear, MAY_CHANGE, METHODS, SAMPLING, TRAINING, adapt, answer, find_base,
+            generate, get_batch, keep_finished, load_checkpoint, main, make_optimizer, measure, parse_flags,
+            refuse_idle, report, sample_next, save_report, train
+  removed:  Engine, NF4, NF4Linear, PRECISIONS, Sequence, SpecialRows, Unpacked, batches, chat,
+            encode_examples, fit_window, grow, load_adapter, load_tasks, make_examples, make_model,
+            peak_memory, pick_precision, print_numbers, read_instructions, show_answers
 
 Result: not measured yet.
 
@@ -231,7 +239,7 @@ def invent_name(words, names, known, rng):
         part = rng.choice(names) if kind == 2 else part
         parts.append(part[rng.randrange(len(part)) if kind else 0 :])
     name = rng.choice(("", " ", "-")).join(parts)[:24].strip(" '-")
-    name = name.upper() if rng.random() < 0.7 else name.title()
+    name = name.upper() if rng.random() < 0.5 else name.title()
     return invent_name(words, names, known, rng) if name in {"", *known} else name
 
 
@@ -352,6 +360,11 @@ def encode_chat(turns, tokenizer):
 def encode_prompt(turns, tokenizer):
     """The ids of a conversation that the model is to go on with: an answer has begun."""
     return encode_chat(turns, tokenizer)[0] + [tokenizer.special_tokens["<|assistant|>"]]
+
+
+def to_text(ids, tokenizer):
+    """The text of an answer's ids, without its end."""
+    return tokenizer.decode([i for i in ids if i != tokenizer.special_tokens[SPECIAL_TOKENS[0]]])
 
 
 def load_val(config, vocab):
@@ -951,11 +964,6 @@ def end_of(tokenizer):
     return tokenizer.special_tokens[SPECIAL_TOKENS[0]]
 
 
-def text_of(reply, tokenizer):
-    """A reply's ids as text, without the end."""
-    return tokenizer.decode([i for i in reply if i != end_of(tokenizer)])
-
-
 def sample(model, prompts, n, tokenizer, config):
     """n replies of a model to each prompt, as lists of ids, those to one prompt together."""
     config = replace(config, greedy=False, top_k=0, top_p=1.0)  # as log_probs has it
@@ -967,7 +975,7 @@ def sample(model, prompts, n, tokenizer, config):
 
 def true_reward(prompts, replies, tokenizer, config):
     """What the annotator thinks of each reply, or in task read whether it is right; (B,)."""
-    texts = [text_of(reply, tokenizer) for reply in replies]
+    texts = [to_text(reply, tokenizer) for reply in replies]
     if config.task == "read":
         return torch.tensor([float(p.right == text) for p, text in zip(prompts, texts, strict=True)])
     return torch.tensor([annotate(text) for text in texts])
@@ -990,7 +998,7 @@ def judge_pairs(base, prompts, noise, tokenizer, config):
     """
     n, pairs, rng = config.n_replies, [], random.Random(config.seed)
     torch.manual_seed(config.seed)
-    replies = [text_of(reply, tokenizer) for reply in sample(base, prompts, n, tokenizer, config)]
+    replies = [to_text(reply, tokenizer) for reply in sample(base, prompts, n, tokenizer, config)]
     for i, prompt in enumerate(prompts):
         for pair in combinations(sorted({*replies[n * i : n * i + n]} - {""}), 2):
             worse, better = sorted(pair, key=annotate)
@@ -1186,7 +1194,7 @@ def measure(policy, base, judge, truth, held_out, tokenizer, config):
                 if n == 1
                 else torch.tensor(math.log(n) - 1 + 1 / n)
             )
-        texts[name] = [text_of(reply, tokenizer) for reply in replies]
+        texts[name] = [to_text(reply, tokenizer) for reply in replies]
         words = [word for text in texts[name] for word in re.findall(r"[a-z']+", text.lower())]
         truths.append(truth(held_out, replies))
         numbers[name] = {
@@ -1306,7 +1314,7 @@ def answer(model, tokenizer, config):
     """A reply to --prompt."""
     prompt = encode_prompt([("user", config.prompt.replace("\\n", "\n"))], tokenizer)
     torch.manual_seed(config.seed)
-    return text_of(generate(model, [prompt], config, end_of(tokenizer))[0], tokenizer)
+    return to_text(generate(model, [prompt], config, end_of(tokenizer))[0], tokenizer)
 
 
 # ---------------------------------------------- main ----------------------------------------------

@@ -796,7 +796,7 @@ def test_the_best_of_n_is_the_reply_with_the_largest_score(monkeypatch):
     numbers, texts = v9.measure(*args)
     assert [len(part) for part in replies] == [8, 40]
     best = [max(replies[1][5 * i : 5 * i + 5], key=lambda ids: ids.count(0)) for i in range(8)]
-    assert texts["policy"] == [v9.text_of(ids, CHARS) for ids in best]
+    assert texts["policy"] == [v9.to_text(ids, CHARS) for ids in best]
     assert numbers["policy"]["score"] == pytest.approx(sum((ids.count(0) - 1) / 2 for ids in best) / 8)
     assert numbers["policy"]["kl"] == pytest.approx(math.log(5) - 4 / 5)
     assert numbers["policy"]["score"] > numbers["base"]["score"] and numbers["base"]["kl"] == 0
