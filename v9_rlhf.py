@@ -80,9 +80,7 @@ class Config:
     data: str = "input.txt"  # plays that prompts are made from, and text to measure what was forgotten
     preferences: str = ""  # .jsonl of your own pairs (prompt, chosen, rejected), not the annotator's
     base: str = "auto"  # folder of a model that answers; auto: runs/v8_lora, trained first if there is none
-    out_dir: str = (
-        f"runs/{NAME}"  # folder for the reward model, the checkpoint, metrics, pictures and replies
-    )
+    out_dir: str = f"runs/{NAME}"  # folder for the checkpoint, metrics, pictures and replies
     method: str = "ppo"  # ppo, grpo, dpo, or best_of_n: draw several replies and take the best, no training
     task: str = "reply"  # reply: be preferred; read: be right about who says something, with grpo only
     n_prompts: int = 3000  # prompts from the plays to learn with, at most
