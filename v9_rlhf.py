@@ -711,7 +711,7 @@ class LoRALinear(nn.Module):
         """x (..., K) to (..., N)."""
         if not LoRALinear.active:
             return self.layer(x)
-        return self.layer(x) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return self.layer(x) + F.linear(self.scale * F.linear(x, self.lora_A), self.lora_B)
 
     @property
     def weight(self):
