@@ -125,17 +125,8 @@ class Config:
     max_new_tokens: int = 80  # tokens in a reply, at most
 
     def __post_init__(self):
-        may_be_zero = (
-            "seed",
-            "warmup_steps",
-            "lr_floor",
-            "dropout",
-            "top_k",
-            "noise",
-            "kl_coef",
-            "lora_rank",
-        )
-        may_be_zero += ("gae_lambda",)
+        may_be_zero = ("seed", "warmup_steps", "lr_floor", "dropout", "top_k", "noise", "kl_coef")
+        may_be_zero += ("lora_rank", "gae_lambda")
         for name, value in vars(self).items():
             if type(value) in (int, float):  # bool and str can be anything
                 limit = 2**31 if type(value) is int else math.inf
@@ -157,9 +148,8 @@ class Config:
         if self.group_size < 2 or self.n_replies < 2:
             sys.exit("error: --group_size and --n_replies must be at least 2: replies are compared")
         if self.batch_size % (self.group_size if self.method == "grpo" else 1):
-            sys.exit(
-                f"error: --batch_size {self.batch_size} is no multiple of --group_size {self.group_size}"
-            )
+            reason = f"is no multiple of --group_size {self.group_size}"
+            sys.exit(f"error: --batch_size {self.batch_size} {reason}")
 
 
 def parse_flags():
@@ -386,11 +376,14 @@ def encode_replies(prompts, replies):
     return pad(examples)
 
 
-def get_batch(pairs, n):
-    """Draw n neighbours of sorted pairs; return inputs and targets of the chosen, of the rejected replies."""
+def get_batch(pairs, n, step):
+    """The `draw` of a step that learns from pairs: n neighbours of sorted ones, one update, nothing to show.
+
+    The batch is (inputs, targets) of the chosen replies and of the rejected ones.
+    """
     start = torch.randint(max(1, len(pairs) - n + 1), ()).item()
     prompts, chosen, rejected = zip(*pairs[start : start + n], strict=True)
-    return encode_replies(prompts, chosen), encode_replies(prompts, rejected)
+    return [(encode_replies(prompts, chosen), encode_replies(prompts, rejected))], {}
 
 
 def windows(ids, config):
@@ -619,15 +612,7 @@ def learning_rate_at(step, config):
     return config.learning_rate * ((1 + floor) / 2 + (1 - floor) / 2 * math.cos(math.pi * progress))
 
 
-def train(
-    model,
-    draw,
-    loss_of,
-    config,
-    checkpoint,
-    rate="--learning_rate",
-    again="the same command with --resume goes on",
-):
+def train(model, draw, loss_of, config, checkpoint, rate="learning_rate", again=" with --resume"):
     """Train to config.max_steps from where `checkpoint` stands; save every eval_interval steps, at Ctrl-C.
 
     draw(step) returns the batches of a step, an update each, and {name: number} to be shown; loss_of(batch)
@@ -658,19 +643,15 @@ def train(
             for name, number in ({"loss": loss.detach()} | numbers).items():
                 sums[name] += number / len(batches)
         shown |= {name: number.item() for name, number in sums.items()}
-        bar.set_postfix_str(
-            ", ".join(f"{name} {number:.3g}" for name, number in shown.items()), refresh=False
-        )
+        status = ", ".join(f"{name} {number:.3g}" for name, number in shown.items())
+        bar.set_postfix_str(status, refresh=False)
         if not math.isfinite(shown["loss"]):
-            sys.exit(f"\nerror: the loss is not finite at step {step}; try a lower {rate}")
+            sys.exit(f"\nerror: the loss is not finite at step {step}; try a lower --{rate}")
         checkpoint["history"].append({"step": step, "seconds": time.perf_counter() - start} | shown)
 
+        save_now = step % config.eval_interval == 0 or step == config.max_steps
         stop_now = bool(stop)  # asked once: a Ctrl-C from here on counts for the next step
-        if (
-            step % config.eval_interval == 0
-            or step == config.max_steps
-            or (stop_now and "last" in checkpoint)
-        ):
+        if save_now or (stop_now and "last" in checkpoint):
             if "last" not in checkpoint:  # the first save of a new run
                 keep_finished(config)
             checkpoint.update(last=learned(model), optimizer=optimizer.state_dict()["state"])
@@ -678,13 +659,13 @@ def train(
             checkpoint["seconds"] = time.perf_counter() - start
             save_checkpoint(checkpoint, config)
         if stop_now and "last" in checkpoint:
-            sys.exit(f"\nstopped after step {step} and saved; {again}")
+            sys.exit(f"\nstopped after step {step} and saved; the same command{again} goes on")
         if stop_now:
             sys.exit(f"\nstopped after step {step}; nothing is saved before step {config.eval_interval}")
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if stop:
-        sys.exit(f"\nstopped after the last step, which is saved; {again}")
+        sys.exit(f"\nstopped after the last step, which is saved; the same command{again} goes on")
 
 
 # ------------------------------------------- finetuning -------------------------------------------
@@ -1001,9 +982,8 @@ def judge_pairs(base, prompts, noise, tokenizer, config):
         for pair in combinations(sorted({*replies[n * i : n * i + n]} - {""}), 2):
             worse, better = sorted(pair, key=annotate)
             if annotate(worse) < annotate(better):
-                pairs.append(
-                    (prompt.text, worse, better) if rng.random() < noise else (prompt.text, better, worse)
-                )
+                chosen, rejected = (worse, better) if rng.random() < noise else (better, worse)
+                pairs.append((prompt.text, chosen, rejected))
     return pairs
 
 
@@ -1081,15 +1061,8 @@ def load_judge(base, pairs, test, config, folder):
     if checkpoint["step"] < config.max_steps:
         print(f"a reward model learns from {len(pairs):,} pairs", flush=True)
         judge.train()
-        train(
-            judge,
-            lambda step: ([get_batch(pairs, config.reward_batch)], {}),
-            partial(reward_loss, judge),
-            config,
-            checkpoint,
-            rate="--reward_rate",
-            again="the same command goes on",
-        )
+        draw = partial(get_batch, pairs, config.reward_batch)
+        train(judge, draw, partial(reward_loss, judge), config, checkpoint, "reward_rate", again="")
     judge.eval().requires_grad_(False)
     scores = []  # of the chosen and of the rejected replies
     for i in range(0, len(test), 128):
@@ -1133,14 +1106,9 @@ def make_draw(policy, base, reward, truth, learning, tokenizer, config):
         for _ in range(config.n_epochs):
             for rows in torch.randperm(len(x)).chunk(config.n_minibatches):
                 batches.append({name: part[rows] for name, part in parts.items()})
-        shown = {
-            "score": rewards.mean(),
-            "truth": truths.mean(),
-            "kl": ((old - reference) * mask).sum(dim=1).mean(),
-        }
-        return batches, {name: number.item() for name, number in shown.items()} | {
-            "length": mask.sum().item() / len(x)
-        }
+        shown = {"score": rewards.mean(), "truth": truths.mean(), "length": mask.sum(dim=1).mean()}
+        shown["kl"] = ((old - reference) * mask).sum(dim=1).mean()
+        return batches, {name: number.item() for name, number in shown.items()}
 
     return draw
 
@@ -1181,26 +1149,22 @@ def measure(policy, base, judge, truth, held_out, tokenizer, config):
         n = config.n_best if name == "policy" and config.method == "best_of_n" else 1
         with without_adapters() if name == "base" else nullcontext():
             replies = sample(model, held_out, n, tokenizer, config)
-        if n > 1:
-            scores = score(judge, [prompt for prompt in held_out for _ in range(n)], replies).view(-1, n)
-            replies = [replies[i * n + best] for i, best in enumerate(scores.argmax(dim=1).tolist())]
-        x, y = encode_replies([prompt.ids for prompt in held_out], replies)
-        logits = policy.model(x)
+            if n > 1:
+                scores = score(judge, [prompt for prompt in held_out for _ in range(n)], replies)
+                best = scores.view(-1, n).argmax(dim=1).tolist()
+                replies = [replies[i * n + j] for i, j in enumerate(best)]
+            x, y = encode_replies([prompt.ids for prompt in held_out], replies)
+            logits = model(x)
         with without_adapters():
-            kl = (
-                exact_kl(logits, base(x), y, config.temperature)
-                if n == 1
-                else torch.tensor(math.log(n) - 1 + 1 / n)
-            )
+            kl = exact_kl(logits, base(x), y, config.temperature)
         texts[name] = [to_text(reply, tokenizer) for reply in replies]
         words = [word for text in texts[name] for word in re.findall(r"[a-z']+", text.lower())]
         truths.append(truth(held_out, replies))
-        numbers[name] = {
-            "truth": truths[-1].mean().item(),
-            "kl": kl.mean().item() if name == "policy" else 0.0,
-        }
+        numbers[name] = {"truth": truths[-1].mean().item(), "kl": kl.mean().item()}
         numbers[name] |= {"score": score(judge, held_out, replies).mean().item()} if judge else {}
         numbers[name] |= {"length": len(words) / len(held_out), "distinct_words": len(set(words))}
+    if config.method == "best_of_n":  # no model has this distribution: its bound
+        numbers["policy"]["kl"] = math.log(n) - (n - 1) / n
     won, tied = truths[1] > truths[0], truths[1] == truths[0]
     numbers["policy"]["preferred"] = (won + 0.5 * tied).mean().item()
     numbers["base"]["preferred"] = 1 - numbers["policy"]["preferred"]
@@ -1220,10 +1184,8 @@ def report(numbers, texts, held_out, config, checkpoint):
     metrics = {"version": NAME, "base": numbers["base"], **numbers["policy"], "steps": checkpoint["step"]}
     metrics |= {"train_loss": (checkpoint["history"] or [{"loss": 0.0}])[-1]["loss"]}
     metrics |= {"perplexity": math.exp(min(metrics["val_loss"], 700))}  # of plain text, as is val_loss
-    metrics |= {
-        "tokens": checkpoint["tokens"],
-        "tokens_per_second": checkpoint["tokens"] / (checkpoint["seconds"] or 1),
-    }
+    metrics |= {"tokens": checkpoint["tokens"]}
+    metrics |= {"tokens_per_second": checkpoint["tokens"] / (checkpoint["seconds"] or 1)}
     metrics |= {"seconds": checkpoint["seconds"], "config": asdict(config), "torch": torch.__version__}
     metrics |= {"params": sum(x.numel() for x in checkpoint["model"].values())}
     metrics |= {"device": pick_device(config.device), "history": checkpoint["history"]}
@@ -1283,12 +1245,8 @@ def generate(model, prompts, config, stop):
     if idx.shape[1] > 1:
         model.hidden_states(idx[:, :-1], cache)  # what is beyond a row's length will be overwritten
     cache.lengths.copy_(lengths - 1)
-    last, rows, replies = (
-        idx.gather(1, lengths[:, None] - 1),
-        torch.arange(len(prompts)),
-        [[] for _ in prompts],
-    )
-    going = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    last, replies = idx.gather(1, lengths[:, None] - 1), [[] for _ in prompts]
+    rows, going = torch.arange(len(prompts)), torch.ones(len(prompts), dtype=torch.bool, device=device)
     for _ in range(config.max_new_tokens):
         x = model.hidden_states(last, cache)
         cache.lengths += 1
@@ -1344,19 +1302,16 @@ def main():
 
     base_hash = hash_of(start["model"])
     if checkpoint.setdefault("base_hash", base_hash) != base_hash:
-        sys.exit(
-            f"error: the model in {config.base} is not the one that this was trained from; name that: --base"
-        )
+        reason = "is not the one that this was trained from; name that: --base"
+        sys.exit(f"error: the model in {config.base} {reason}")
     learning, held_out = load_prompts(config, tokenizer)
     judge = None
     if config.task == "reply":
         folder = judge_folder(config, base_hash, learning)
         pairs, test = load_pairs(base, learning, held_out, tokenizer, config, folder)
         judge, accuracy = load_judge(base, pairs, test, config, folder)
-        print(
-            f"the reward model agrees with the annotator on {accuracy:.1%} of {len(test):,} held-out pairs",
-            flush=True,
-        )
+        right = f"{accuracy:.1%} of {len(test):,} held-out pairs"
+        print(f"the reward model agrees with the annotator on {right}", flush=True)
     torch.manual_seed(config.seed)
     policy = WithHead(copy.deepcopy(base).requires_grad_(True)).eval()
     if config.lora_rank:
@@ -1365,10 +1320,7 @@ def main():
     truth = reward if config.preferences else partial(true_reward, tokenizer=tokenizer, config=config)
     draw, loss = make_draw(policy, base, reward, truth, learning, tokenizer, config), policy_loss
     if config.method == "dpo":
-        draw, loss = (
-            (lambda step: ([get_batch(pairs, config.batch_size)], {})),
-            partial(preference_loss, base=base),
-        )
+        draw, loss = partial(get_batch, pairs, config.batch_size), partial(preference_loss, base=base)
     if training and config.method != "best_of_n":
         train(policy, draw, partial(loss, policy, config=config), config, checkpoint)
     elif mode == "train":  # best_of_n answers with the base

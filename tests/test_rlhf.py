@@ -338,7 +338,7 @@ def test_a_reward_model_learns_pairs_that_can_be_told_apart(tmp_path):
     first = v9.reward_loss(judge, batch_of(test))
     assert first[0].item() == pytest.approx(math.log(2)) and first[1]["accuracy"] == 0  # the head is zero
     loss = partial(v9.reward_loss, judge)
-    v9.train(judge, lambda step: ([v9.get_batch(pairs, 16)], {}), loss, config, new_run())
+    v9.train(judge, partial(v9.get_batch, pairs, 16), loss, config, new_run())
     loss, shown = v9.reward_loss(judge.eval(), batch_of(test))
     assert shown["accuracy"].item() == 1 and loss.item() < 0.2
 
@@ -457,7 +457,7 @@ def test_pairs_of_texts_become_ids():
         (ab, [2, 3, STOP], [4, STOP]),
         (a, [1] * 5 + [STOP], [2, STOP]),
     ]
-    (x, y), (x2, y2) = v9.get_batch(found[1:2], 4)
+    [((x, y), (x2, y2))], _ = v9.get_batch(found[1:2], 4, 1)
     assert x.tolist() == [[*ab, 2, 3]] and y.tolist() == [[-100] * 3 + [2, 3, STOP]]
     assert x2.tolist() == [[*ab, 4]] and y2.tolist() == [[-100] * 3 + [4, STOP]]
 
@@ -467,7 +467,7 @@ def test_batches_of_pairs_are_neighbours_and_reach_all():
     seen = set()
     torch.manual_seed(0)
     for _ in range(40):
-        (x, y), _ = v9.get_batch(pairs, 2)
+        [((x, y), _)], _ = v9.get_batch(pairs, 2, 1)
         first = x[:, 0].tolist()
         assert first[1] == first[0] + 1 and y[0, 0].item() == first[0] % 7
         seen.add(first[0])
@@ -583,7 +583,7 @@ def set_up(tmp_path, reward=share_of_a, prompts=("ab", "c", "ddd", "e f"), **cha
     if config.method == "dpo":
         return (
             (plain, policy, base),
-            lambda step: ([v9.get_batch(pairs, config.batch_size)], {}),
+            partial(v9.get_batch, pairs, config.batch_size),
             partial(v9.preference_loss, policy, base=base, config=config),
             config,
         )
