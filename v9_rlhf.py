@@ -86,11 +86,11 @@ class Config:
     n_prompts: int = 3000  # prompts from the plays to learn with, at most
     n_replies: int = 4  # replies to each of them; all pairs are judged
     noise: float = 0.1  # share of the judgements that are the wrong way round
-    reward_steps: int = 600  # steps in which the reward model learns
+    reward_steps: int = 900  # steps in which the reward model learns
     reward_batch: int = 16  # pairs in such a step
     reward_rate: float = 0.0005  # their peak step size
     n_best: int = 16  # replies among which best_of_n chooses
-    kl_coef: float = 0.05  # price of a nat of KL from the base, in standard deviations of the reward
+    kl_coef: float = 0.3  # price of a nat of KL from the base, in standard deviations of the reward
     dpo_beta: float = 0.1  # how strongly dpo is held to the base
     clip_range: float = 0.2  # how far a ratio of probabilities may move from 1 before it stops to count
     gae_lambda: float = 0.95  # how far a reward reaches back: 0 one token, 1 all of the reply
@@ -111,7 +111,7 @@ class Config:
     position: str = "rope"  # learned or rope
     batch_size: int = 64  # replies in a step, or pairs
     dropout: float = 0.1  # share of activations set to zero while the reward model learns
-    max_steps: int = 60  # steps: draw replies, judge them, learn from them
+    max_steps: int = 40  # steps: draw replies, judge them, learn from them
     learning_rate: float = 0.0003  # peak step size
     warmup_steps: int = 5  # steps in which the step size rises to its peak
     lr_floor: float = 0.1  # share of the peak step size that is left in the last step
@@ -943,9 +943,10 @@ def end_of(tokenizer):
     return tokenizer.special_tokens[SPECIAL_TOKENS[0]]
 
 
-def sample(model, prompts, n, tokenizer, config):
+def sample(model, prompts, n, tokenizer, config, greedy=False):
     """n replies of a model to each prompt, as lists of ids, those to one prompt together."""
-    config = replace(config, greedy=False, top_k=0, top_p=1.0)  # as log_probs has it
+    temperature = 1.0 if greedy else config.temperature  # as log_probs has it, and no other flag counts
+    config = replace(config, greedy=greedy, temperature=temperature, top_k=0, top_p=1.0)
     asked, replies = [prompt.ids for prompt in prompts for _ in range(n)], []
     for i in tqdm(range(0, len(asked), 128), desc="128 replies", disable=len(asked) < 2000):
         replies += generate(model, asked[i : i + 128], config, end_of(tokenizer))
@@ -1148,7 +1149,7 @@ def measure(policy, base, judge, truth, held_out, tokenizer, config):
         torch.manual_seed(config.seed + len(numbers))
         n = config.n_best if name == "policy" and config.method == "best_of_n" else 1
         with without_adapters() if name == "base" else nullcontext():
-            replies = sample(model, held_out, n, tokenizer, config)
+            replies = sample(model, held_out, n, tokenizer, config, greedy=config.task == "read")
             if n > 1:
                 scores = score(judge, [prompt for prompt in held_out for _ in range(n)], replies)
                 best = scores.view(-1, n).argmax(dim=1).tolist()
@@ -1181,7 +1182,7 @@ def report(numbers, texts, held_out, config, checkpoint):
     lines = []
     for i, prompt in enumerate(held_out[:10]):
         lines += [prompt.text, f"  before: {texts['base'][i]!r}", f"  after:  {texts['policy'][i]!r}", ""]
-    metrics = {"version": NAME, "base": numbers["base"], **numbers["policy"], "steps": checkpoint["step"]}
+    metrics = {"version": NAME, "before": numbers["base"], **numbers["policy"], "steps": checkpoint["step"]}
     metrics |= {"train_loss": (checkpoint["history"] or [{"loss": 0.0}])[-1]["loss"]}
     metrics |= {"perplexity": math.exp(min(metrics["val_loss"], 700))}  # of plain text, as is val_loss
     metrics |= {"tokens": checkpoint["tokens"]}

@@ -1024,10 +1024,10 @@ def test_a_run_makes_all_its_files(run, bases, trained):
         assert all({"score", "truth", "kl", "clipped"} <= point.keys() for point in metrics["history"])
     of_each = {"truth", "kl", "length", "distinct_words", "preferred", "bits_per_char", "val_loss"}
     of_each |= {"score"} if run != "read" else set()
-    assert of_each == metrics["base"].keys() and of_each <= metrics.keys()
-    assert metrics["base"]["kl"] == 0 and (metrics["kl"] > 0) == (run != "read")  # nobody is right: no reward
+    assert of_each == metrics["before"].keys() and of_each <= metrics.keys()
+    assert metrics["before"]["kl"] == 0 and (metrics["kl"] > 0) == (run != "read")  # nobody is right: no reward
     assert ("accuracy" in metrics) == (run != "read")
-    same = metrics["bits_per_char"] == metrics["base"]["bits_per_char"]
+    same = metrics["bits_per_char"] == metrics["before"]["bits_per_char"]
     assert same == (run in ("best_of_n", "read"))
     sample = (out / "sample.txt").read_text(encoding="utf-8")
     assert sample in process.stdout and sample.count("  before: ") == sample.count("  after:  ") > 5
@@ -1056,7 +1056,7 @@ def test_the_base_is_not_touched_and_the_checkpoint_is_a_plain_model(run, bases,
 def test_the_bits_per_character_are_those_of_v8(bases, trained):
     evaluated = run_here("v8_lora", "--evaluate", cwd=bases)
     printed = float(re.search(r"^ *bits_per_char +([\d.]+)$", evaluated.stdout, flags=re.M)[1])
-    assert metrics_of(bases / "ppo")["base"]["bits_per_char"] == pytest.approx(printed, abs=5.1e-5)
+    assert metrics_of(bases / "ppo")["before"]["bits_per_char"] == pytest.approx(printed, abs=5.1e-5)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -1093,9 +1093,9 @@ def test_evaluate_prints_the_numbers_of_the_metrics_and_writes_nothing(run, base
     process = run_v9(bases, "--evaluate", f"--out_dir={run}")
     assert process.returncode == 0 and "step/s" not in process.stderr, process.stderr
     assert before == files_of(bases)
-    for name in metrics["base"]:
+    for name in metrics["before"]:
         printed = re.search(rf"^ *{name} +(-?[\d.]+) +(-?[\d.]+)$", process.stdout, flags=re.M)
-        expected = [metrics["base"][name], metrics[name]]
+        expected = [metrics["before"][name], metrics[name]]
         assert [float(number) for number in printed.groups()] == pytest.approx(expected, abs=5.1e-5), name
 
 
@@ -1141,7 +1141,7 @@ def test_how_a_policy_learns_does_not_change_the_reward_model(changed, copy):
         flags = small("ppo", reward_steps=40, max_steps=1)  # longer than its warm-up
         process = run_v9(copy, *flags, *more, "--out_dir=new")
         assert process.returncode == 0 and "a reward model learns" in process.stdout, process.stderr
-        scores.append(metrics_of(copy / "new")["base"]["score"])
+        scores.append(metrics_of(copy / "new")["before"]["score"])
     assert scores[0] == scores[1]
 
 
@@ -1373,7 +1373,7 @@ def test_the_model_of_v6_is_refused_and_one_of_v9_is_a_base(copy):
     process = run_v9(copy, *small("best_of_n"), "--base=ppo", "--out_dir=again")
     assert process.returncode == 0, process.stderr
     ppo, again = metrics_of(copy / "ppo"), metrics_of(copy / "again")
-    assert again["base"]["bits_per_char"] == pytest.approx(ppo["bits_per_char"], abs=1e-6)
+    assert again["before"]["bits_per_char"] == pytest.approx(ppo["bits_per_char"], abs=1e-6)
     assert again["config"]["base"] == "ppo"
 
 
