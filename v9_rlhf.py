@@ -86,7 +86,7 @@ class Config:
     n_prompts: int = 3000  # prompts from the plays to learn with, at most
     n_replies: int = 4  # replies to each of them; all pairs are judged
     noise: float = 0.1  # share of the judgements that are the wrong way round
-    reward_steps: int = 900  # steps in which the reward model learns
+    reward_steps: int = 600  # steps in which the reward model learns
     reward_batch: int = 16  # pairs in such a step
     reward_rate: float = 0.0005  # their peak step size
     n_best: int = 16  # replies among which best_of_n chooses
@@ -370,20 +370,20 @@ def pad(examples):
     return ids[:, :-1], ids[:, 1:].masked_fill(~learned[:, 1:], -100)
 
 
-def encode_replies(prompts, replies):
+def encode_replies(prompts, replies, device="cpu"):
     """Prompts and their replies, lists of ids, as inputs and targets (B, T), -100 outside the replies."""
     examples = [(p + r, [False] * len(p) + [True] * len(r)) for p, r in zip(prompts, replies, strict=True)]
-    return pad(examples)
+    return tuple(x.to(device) for x in pad(examples))
 
 
-def get_batch(pairs, n, step):
+def get_batch(pairs, n, step, device="cpu"):
     """The `draw` of a step that learns from pairs: n neighbours of sorted ones, one update, nothing to show.
 
     The batch is (inputs, targets) of the chosen replies and of the rejected ones.
     """
     start = torch.randint(max(1, len(pairs) - n + 1), ()).item()
     prompts, chosen, rejected = zip(*pairs[start : start + n], strict=True)
-    return [(encode_replies(prompts, chosen), encode_replies(prompts, rejected))], {}
+    return [tuple(encode_replies(prompts, side, device) for side in (chosen, rejected))], {}
 
 
 def windows(ids, config):
@@ -851,13 +851,14 @@ class WithHead(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model, self.head = model, nn.Linear(model.config.n_embd, 1)
+        self.model, self.head = model, nn.Linear(model.config.n_embd, 1, device=model.norm.weight.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def reward(self, x, y):
         """Inputs and targets (B, T), -100 outside the reply, to the means of the reply's numbers (B,)."""
-        mask = y != -100
+        device = self.model.norm.weight.device
+        x, y, mask = x.to(device), y.to(device), (y != -100).to(device)
         return (self.head(self.model.hidden_states(x))[..., 0] * mask).sum(dim=1) / mask.sum(dim=1)
 
     def forward(self, x):
@@ -1084,13 +1085,13 @@ def make_draw(policy, base, reward, truth, learning, tokenizer, config):
         asked = [learning[i] for i in torch.randint(len(learning), (config.batch_size // n,)).tolist()]
         replies = sample(policy.model, asked, n, tokenizer, config)
         asked = [prompt for prompt in asked for _ in range(n)]
-        x, y = encode_replies([prompt.ids for prompt in asked], replies)
+        x, y = encode_replies([prompt.ids for prompt in asked], replies, policy.head.weight.device)
         mask = (y != -100).float()  # (B, T): nothing before a reply and nothing after its end counts
         logits, values = policy(x)
         old = log_probs(logits, y, config.temperature)
         with without_adapters():
             reference = log_probs(base(x), y, config.temperature)
-        rewards, truths = reward(asked, replies), truth(asked, replies)  # (B,)
+        rewards, truths = reward(asked, replies).to(x.device), truth(asked, replies)  # (B,)
         if config.method == "ppo":
             last = y.ne(-100) & (mask.flip(1).cumsum(dim=1).flip(1) == 1)
             given = -config.kl_coef * (old - reference) * mask + last * rewards[:, None]
@@ -1154,7 +1155,7 @@ def measure(policy, base, judge, truth, held_out, tokenizer, config):
                 scores = score(judge, [prompt for prompt in held_out for _ in range(n)], replies)
                 best = scores.view(-1, n).argmax(dim=1).tolist()
                 replies = [replies[i * n + j] for i, j in enumerate(best)]
-            x, y = encode_replies([prompt.ids for prompt in held_out], replies)
+            x, y = encode_replies([prompt.ids for prompt in held_out], replies, policy.head.weight.device)
             logits = model(x)
         with without_adapters():
             kl = exact_kl(logits, base(x), y, config.temperature)
@@ -1247,7 +1248,7 @@ def generate(model, prompts, config, stop):
         model.hidden_states(idx[:, :-1], cache)  # what is beyond a row's length will be overwritten
     cache.lengths.copy_(lengths - 1)
     last, replies = idx.gather(1, lengths[:, None] - 1), [[] for _ in prompts]
-    rows, going = torch.arange(len(prompts)), torch.ones(len(prompts), dtype=torch.bool, device=device)
+    rows, going = torch.arange(len(prompts), device=device), lengths > 0
     for _ in range(config.max_new_tokens):
         x = model.hidden_states(last, cache)
         cache.lengths += 1
@@ -1321,7 +1322,8 @@ def main():
     truth = reward if config.preferences else partial(true_reward, tokenizer=tokenizer, config=config)
     draw, loss = make_draw(policy, base, reward, truth, learning, tokenizer, config), policy_loss
     if config.method == "dpo":
-        draw, loss = partial(get_batch, pairs, config.batch_size), partial(preference_loss, base=base)
+        draw = partial(get_batch, pairs, config.batch_size, device=device)
+        loss = partial(preference_loss, base=base)
     if training and config.method != "best_of_n":
         train(policy, draw, partial(loss, policy, config=config), config, checkpoint)
     elif mode == "train":  # best_of_n answers with the base

@@ -98,6 +98,11 @@ def result_line(metrics):
             f"{metrics['new_tokens_per_second']:.0f} tokens/s; as it was {plain['megabytes']:.2f} MB, "
             f"{plain['bits_per_char']:.2f}, {plain['new_tokens_per_second']:.0f} on {machine}."
         )
+    if "preferred" in metrics:  # v9, a model that is preferred
+        return (
+            f"Result: preferred to v8's replies in {metrics['preferred']:.1%}, KL {metrics['kl']:.1f} nats; "
+            f"plain text {metrics['bits_per_char']:.2f} bits/char, {metrics['seconds']:.0f} s on {machine}."
+        )
     if "names_right" in metrics:  # v8, a model that answers
         before = metrics["before"]
         return (

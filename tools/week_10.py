@@ -59,10 +59,10 @@ def seeds():
 
 
 FRONTIER = {
-    "ppo": ("kl_coef", (0.05, 0.2, 0.4)),
-    "grpo": ("kl_coef", (0.01, 0.1, 0.3)),
-    "dpo": ("dpo_beta", (0.03, 0.3, 1.0)),
-    "best_of_n": ("n_best", (2, 4, 8, 64)),
+    "ppo": ("kl_coef", (0.1, 1.0)),
+    "grpo": ("kl_coef", (0.15, 1.0)),
+    "dpo": ("dpo_beta", (0.03, 0.5)),
+    "best_of_n": ("n_best", (2, 4)),
 }
 
 
@@ -104,7 +104,7 @@ def draw_frontier(results):
 
 def overoptimised():
     """PPO without a price for the KL, for longer: the score that it sees and the truth that it does not."""
-    metrics = compare("overoptimised", {"ppo": (None, dict(kl_coef=0.0, max_steps=200))})["ppo"]
+    metrics = compare("overoptimised", {"ppo": (None, dict(kl_coef=0.0, max_steps=120))})["ppo"]
     draw_overoptimised(metrics["history"])
     sample = (folder_of("overoptimised/ppo") / "sample.txt").read_text(encoding="utf-8")
     names = ("step", "score", "truth", "kl", "length")
