@@ -315,7 +315,7 @@ def make_embedder(config, reader):
 def make_index(vectors, kind):
     """A faiss index of vectors (N, n_dims) by their dot products.
 
-    flat compares with all. hnsw (Malkov and Yashunin 2018) walks a graph of neighbours, ivf (Jegou et al.
+    flat compares with all. hnsw (Malkov and Yashunin 2018) walks a graph of neighbours, ivf (Jégou et al.
     2011) looks into the nearest few of many cells.
     """
     n, n_dims = vectors.shape
