@@ -15,28 +15,37 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
+import unicodedata
 import zlib
+from bisect import bisect_left
 from dataclasses import asdict, dataclass, fields, replace
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 
-if sys.platform == "darwin":  # faiss and torch each bring an OpenMP, and two of them in one process may crash
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends the program, also while torch loads
 
-import torch  # isort: skip, before faiss: whichever comes first brings the OpenMP that both use
+import torch  # isort: skip, before faiss: in the other order some macOS crash
 import faiss  # isort: skip
 import numpy as np
 from tqdm import tqdm
+
+from bpe_tokenizer import TokenizerError
+
+if sys.platform == "darwin":  # torch and faiss each bring an OpenMP; the threads of two of them may crash
+    faiss.omp_set_num_threads(1)
 
 # --------------------------------------------- config ---------------------------------------------
 
 RUNGS = ("v8_lora", "v9_rlhf")  # whose models answer; nothing else is imported by a name in a checkpoint
 EMBEDDERS = ("tfidf", "lm")  # and sentence-transformers:NAME
 INDICES = ("flat", "hnsw", "ivf")
-FORMAT = 1  # of the files in out_dir
+FILES = ("index.faiss", "embedder.npy")  # what is kept of an index beside the list of its passages
 
 
 @dataclass
@@ -46,26 +55,28 @@ class Config:
     data: str = "input.txt"  # what to look things up in: a file, or a folder of them
     model: str = "auto"  # folder of a model that answers; auto: runs/v8_lora, trained first if there is none
     out_dir: str = "runs/rag"  # folder for the index
-    embedder: str = "tfidf"  # tfidf, lm, or sentence-transformers:NAME
+    embedder: str = "tfidf"  # tfidf; lm: the model's own states, to compare; or sentence-transformers:NAME
     index: str = "flat"  # flat: exact; hnsw or ivf: faster in large collections, and sometimes wrong
     length: int = 150  # characters of a passage, at most
     k: int = 1  # passages that the model reads
-    show: int = 3  # passages that are shown
-    threshold: float = -1.0  # a best score below it: nothing found; -1: what was measured for the embedder
+    show: int = 3  # passages that are shown, at most
+    threshold: str = "auto"  # a best score below this number: nothing found; auto: the embedder's own
     max_new_tokens: int = 32  # tokens in an answer, at most
     device: str = "auto"  # auto, cuda, mps or cpu
 
     def __post_init__(self):
-        for name in ("length", "k", "show", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                sys.exit(f"error: --{name} {getattr(self, name)} is impossible, it must be at least 1")
+        for name, least in {"length": 20, "k": 1, "show": 1, "max_new_tokens": 1}.items():
+            if getattr(self, name) < least:
+                sys.exit(f"error: --{name} {getattr(self, name)} is impossible, it must be at least {least}")
         if self.embedder not in EMBEDDERS and not re.fullmatch("sentence-transformers:.+", self.embedder):
             known = ", ".join([*EMBEDDERS, "sentence-transformers:NAME"])
             sys.exit(f"error: no --embedder {self.embedder}, choose from: {known}")
         if self.index not in INDICES:
             sys.exit(f"error: no --index {self.index}, choose from: {', '.join(INDICES)}")
-        if not -1 <= self.threshold <= 1:
-            sys.exit(f"error: --threshold {self.threshold} is impossible, scores are between -1 and 1")
+        if self.device not in ("auto", "cuda", "mps", "cpu"):
+            sys.exit(f"error: no --device {self.device}, choose from: auto, cuda, mps, cpu")
+        if self.threshold != "auto" and not re.fullmatch(r"-?(0?\.\d+|0|1|[01]\.0*)", self.threshold):
+            sys.exit(f"error: --threshold {self.threshold} is impossible, it is auto or between -1 and 1")
 
 
 def parse_flags():
@@ -123,37 +134,50 @@ def pack(units, length):
     return windows
 
 
+def split_sentences(text):
+    """Sentences and parts of a text, (where it begins, text in one line)."""
+    ends = r"[.!?][\"')\]]*(?=\s)|(?=\n\s*\n)|\Z"
+    found = re.finditer(rf"\S.*?(?:{ends})", text.rstrip(), flags=re.DOTALL)
+    return [(sentence.start(), " ".join(sentence[0].split())) for sentence in found]
+
+
 def split_passages(text, name, length):
     """The Passages of one file: speeches where it is a play, else overlapping windows of sentences."""
-    speeches = list(
-        re.finditer(r"(?:^|\n\n)([A-Z][A-Za-z' -]{1,30}):\n(\S.*?)(?=\n\n|\s*\Z)", text, flags=re.DOTALL)
-    )
-    line_of = np.cumsum([0, *(char == "\n" for char in text)]) + 1 if text else []  # of each character
-    passages = []
-    if sum(len(speech[0]) for speech in speeches) > len(text) / 2:
-        for speech in speeches:
-            lines = list(enumerate(speech[2].split("\n"), start=line_of[speech.start(2)]))
-            for line, window in pack(lines, length):
-                passages.append(Passage("\n".join(window), f"{name}:{line}", speech[1]))
-        return passages
-    sentences = re.finditer(r"\S.*?(?:[.!?][\"')\]]*(?=\s)|(?=\n\s*\n)|\s*\Z)", text, flags=re.DOTALL)
-    units = [(line_of[s.start()], " ".join(s[0].split())) for s in sentences]
-    return [Passage(" ".join(window), f"{name}:{line}") for line, window in pack(units, length)]
+    pattern = r"(?:^|\n\n)([A-Z][A-Za-z' -]{1,30}):\n(\S.*?)(?=\n\n|\s*\Z)"
+    text = text.rstrip()
+    speeches = list(re.finditer(pattern, text, flags=re.DOTALL))
+    if sum(len(speech[0]) for speech in speeches) <= len(text) / 2:
+        speeches = []
+    line_ends = [end.start() for end in re.finditer("\n", text)]
+    parts, at = [], 0  # (speaker, pieces): speeches, and what stands between them
+    for speech in speeches:
+        parts.append(
+            ("", [(at + start, piece) for start, piece in split_sentences(text[at : speech.start()])])
+        )
+        at = speech.start(2)
+        lines = list(re.finditer(".+", speech[2]))
+        parts.append((speech[1], [(at + line.start(), line[0]) for line in lines]))
+        at = speech.end()
+    parts.append(("", [(at + start, piece) for start, piece in split_sentences(text[at:])]))
+    return [
+        Passage("\n".join(window) if speaker else " ".join(window), f"{name}:{line}", speaker)
+        for speaker, pieces in parts
+        for line, window in pack([(bisect_left(line_ends, at) + 1, piece) for at, piece in pieces], length)
+    ]
 
 
-def read_texts(data):
+def read_texts(config):
     """The files of --data: {name: (sha256 of its bytes, text)}; exits where there is no text."""
-    path = Path(data)
-    if not path.exists():
-        sys.exit(f"error: there is no --data {data}")
+    path, own = Path(config.data), Path(config.out_dir).resolve()
+    if not config.data or not path.exists():
+        sys.exit(f"error: there is no --data {config.data}")
     files = [path]
-    if path.is_dir():
-        files = [
-            f
-            for f in sorted(path.rglob("*"))
-            if f.is_file() and not any(p[0] == "." for p in f.relative_to(path).parts)
-        ]
-    texts = {}
+    if path.is_dir():  # without what is hidden, and without an index that lies in it
+        found = (
+            file for file in sorted(path.rglob("*")) if file.is_file() and own not in file.resolve().parents
+        )
+        files = [file for file in found if not any(part[0] == "." for part in file.relative_to(path).parts)]
+    texts, left_out = {}, []
     for file in files:
         name = file.relative_to(path).as_posix() if path.is_dir() else file.name
         try:
@@ -163,13 +187,18 @@ def read_texts(data):
                 raise ValueError("it has zero bytes")
         except (OSError, ValueError) as error:
             if path.is_file():
-                sys.exit(f"error: --data {data} is no UTF-8 text ({error})")
-            print(f"note: {name} is no UTF-8 text and left out", file=sys.stderr)
+                sys.exit(f"error: --data {config.data} is no UTF-8 text ({error})")
+            left_out.append(name)
             continue
         if re.search(r"\w", text):
             texts[name] = (hashlib.sha256(raw).hexdigest(), text)
+    if left_out:
+        print(
+            f"note: left out, as they are no UTF-8 text: {len(left_out)}, {left_out[0]} first",
+            file=sys.stderr,
+        )
     if not texts:
-        sys.exit(f"error: there is no text in --data {data}")
+        sys.exit(f"error: there is no text in --data {config.data}")
     return texts
 
 
@@ -185,7 +214,7 @@ class HashedWords:
     """
 
     n_dims, n_counts = 1024, 2**20
-    threshold, reads_names = 0.25, True
+    threshold, reads_names = 0.5, True
 
     def fit(self, texts):
         """Count in how many texts each word is; the counts (n_counts,) are by hash too."""
@@ -197,6 +226,7 @@ class HashedWords:
     @staticmethod
     def grams(text):
         """The words of a text and the pairs of neighbours among them."""
+        text = unicodedata.normalize("NFKC", text).replace("\u2019", "'")  # a curly apostrophe
         words = re.findall(r"\w+(?:'\w+)*", text.lower())
         return words + [" ".join(pair) for pair in pairwise(words)]
 
@@ -222,6 +252,12 @@ class HashedWords:
         sign = np.where(hashes >> 31, 1, -1)
         np.add.at(x, (rows, hashes % self.n_dims), sign * self.weights[hashes % self.n_counts])
         return normalised(x)
+
+    def share(self, question, text):
+        """The share of a question's weight that a text has, from 0 to 1. Nothing falls together here."""
+        weight = {gram: self.weights[self.hash(gram) % self.n_counts] ** 2 for gram in self.grams(question)}
+        there = {*self.grams(text)}
+        return float(sum(w for gram, w in weight.items() if gram in there) / (sum(weight.values()) or 1))
 
 
 def normalised(x):
@@ -273,7 +309,7 @@ class HiddenStates:
 class SentenceTransformer:
     """A model of the package sentence-transformers, where that is installed."""
 
-    threshold, reads_names = 0.4, True
+    threshold, reads_names = 0.4, True  # a guess: it depends on the model
 
     def __init__(self, name):
         try:
@@ -283,9 +319,7 @@ class SentenceTransformer:
         except ImportError:
             sys.exit("error: --embedder sentence-transformers needs: pip install sentence-transformers")
         except Exception as error:  # no such model, no network
-            sys.exit(
-                f"error: cannot load --embedder sentence-transformers:{name} ({str(error).splitlines()[0]})"
-            )
+            sys.exit(f"error: cannot load --embedder sentence-transformers:{name} ({reason_of(error)})")
         self.n_dims = self.model.get_sentence_embedding_dimension()
 
     def fit(self, texts):
@@ -325,10 +359,10 @@ def make_index(vectors, kind):
         index = faiss.IndexHNSWFlat(n_dims, 32, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction, index.hnsw.efSearch = 40, 128
     else:
-        n_cells = max(1, min(round(4 * math.sqrt(n)), n // 39))  # faiss wants 39 vectors for each cell
+        n_cells = max(1, min(round(4 * math.sqrt(n)), n // 39))  # faiss advises 39 vectors for each cell
         quantizer = faiss.IndexFlatIP(n_dims)
         index = faiss.IndexIVFFlat(quantizer, n_dims, n_cells, faiss.METRIC_INNER_PRODUCT)
-        index.nprobe = min(n_cells, 16)
+        index.nprobe, index.cp.min_points_per_centroid = min(n_cells, 16), 1  # the second: no warning
         index.train(vectors)
     index.add(vectors)
     return index
@@ -339,11 +373,17 @@ class Library:
 
     def __init__(self, config, embedder):
         self.config, self.embedder = config, embedder
-        self.passages, self.files, self.index = [], {}, None
+        self.forget()
+
+    def forget(self):
+        """Begin with nothing."""
+        self.passages, self.files, self.index, self.n_fitted = [], {}, None, 0
 
     def open(self, texts):
-        """Take the index that is kept of texts, as read_texts returns them; add new ones; make it anew if
-        others have changed.
+        """Get ready for texts, as read_texts returns them; return self.
+
+        An index that is kept is taken where it is whole and all its files are still the same. New files are
+        added to it. Otherwise, or once most of the passages came later, it is made anew.
         """
         folder = Path(self.config.out_dir, self.key())
         reason = self.load(folder)
@@ -353,21 +393,24 @@ class Library:
         if reason:
             if reason != "new":
                 print(f"note: the index in {folder} is made anew: {reason}", file=sys.stderr)
-            self.passages, self.files, self.index = [], {}, None
-        new = {name: found for name, found in texts.items() if name not in self.files}
-        if new:
+            self.forget()
+        if new := {name: found for name, found in texts.items() if name not in self.files}:
             self.add(new)
+            if len(self.passages) > 2 * self.n_fitted:
+                print(f"note: the index in {folder} is made anew: most of it is new", file=sys.stderr)
+                self.forget()
+                self.add(texts)
             self.save(folder)
         return self
 
     def add(self, texts):
-        """Take in files, {name: (sha256, text)}. What the first of them have taught the embedder stays."""
-        passages = [
-            p for name, (_, text) in texts.items() for p in split_passages(text, name, self.config.length)
-        ]
+        """Take in files, {name: (sha256, text)}. The embedder is fitted to the first that come."""
+        files = texts.items()
+        passages = [p for name, (_, text) in files for p in split_passages(text, name, self.config.length)]
         bodies = [passage.shown if self.embedder.reads_names else passage.text for passage in passages]
         if self.index is None:
             self.embedder.fit(bodies)
+            self.n_fitted = len(bodies)
         parts = [bodies[i : i + 1000] for i in range(0, len(bodies), 1000)]
         bar = tqdm(parts, desc="1,000 passages", disable=len(parts) < 20)
         vectors = np.concatenate([self.embedder(part) for part in bar])
@@ -376,62 +419,81 @@ class Library:
         else:
             self.index.add(vectors)
         self.passages += passages
-        self.files |= {name: digest for name, (digest, _) in texts.items()}
+        self.files |= {name: digest for name, (digest, _) in files}
 
     def key(self):
         """The name of an index's folder, a hash of all that it depends on beside the texts."""
+        code = [inspect.getsource(x) for x in (type(self.embedder), pack, split_passages, make_index)]
         model = self.embedder.reader.hash if self.config.embedder == "lm" else ""
-        settings = (self.config.embedder, self.config.index, self.config.length, model, FORMAT)
-        return hashlib.sha256(repr((Path(self.config.data).resolve(), settings)).encode()).hexdigest()[:12]
+        settings = [self.config.embedder, self.config.index, str(self.config.length), model]
+        parts = [str(Path(self.config.data).resolve()), *settings, *code]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
     def save(self, folder):
-        """Write index.faiss, embedder.npy, and last what says that both are whole: library.json."""
+        """Write the files of the index, and last what says that they are whole: library.json."""
+        state = BytesIO()
+        np.save(state, self.embedder.state())
+        raw = dict(zip(FILES, (faiss.serialize_index(self.index).tobytes(), state.getvalue()), strict=True))
+        found = {
+            "files": self.files,
+            "passages": [asdict(p) for p in self.passages],
+            "n_fitted": self.n_fitted,
+        }
+        found["sha256"] = {name: hashlib.sha256(content).hexdigest() for name, content in raw.items()}
+        raw["library.json"] = json.dumps(found).encode()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "library.json").unlink(missing_ok=True)
-            faiss.write_index(self.index, str(folder / "index.faiss"))
-            np.save(folder / "embedder.npy", self.embedder.state())
-            found = {"files": self.files, "passages": [asdict(p) for p in self.passages]}
-            found["sha256"] = {name: sha256(folder / name) for name in ("index.faiss", "embedder.npy")}
-            (folder / "library.tmp").write_text(json.dumps(found), encoding="utf-8")
-            (folder / "library.tmp").replace(folder / "library.json")
-        except (OSError, RuntimeError) as error:  # faiss raises the second
+            for name, content in raw.items():
+                new = folder / f"{name}.{os.getpid()}.tmp"
+                new.write_bytes(content)
+                new.replace(folder / name)
+        except OSError as error:
             sys.exit(f"error: cannot write the index to {folder} ({error}); name another folder: --out_dir")
 
     def load(self, folder):
-        """Read what `save` has written; return why that cannot be, or an empty text."""
+        """Read what `save` has written; return why that cannot be, or an empty text.
+
+        faiss may crash on a damaged file, so it gets none whose hash is another. That finds accidents; an
+        index from a stranger is not made safe by it.
+        """
         if not (folder / "library.json").exists():
             return "new"
         try:
             found = json.loads((folder / "library.json").read_text(encoding="utf-8"))
-            for name, digest in found["sha256"].items():  # faiss may crash on a damaged file: look first
-                if sha256(folder / name) != digest:
+            raw = {name: (folder / name).read_bytes() for name in FILES}
+            for name, content in raw.items():
+                if hashlib.sha256(content).hexdigest() != found["sha256"][name]:
                     return f"{name} is damaged"
             self.passages = [Passage(**passage) for passage in found["passages"]]
-            self.files, self.index = found["files"], faiss.read_index(str(folder / "index.faiss"))
-            self.embedder.load(np.load(folder / "embedder.npy"))
+            self.files, self.n_fitted = dict(found["files"]), int(found["n_fitted"])
+            self.index = faiss.deserialize_index(np.frombuffer(raw["index.faiss"], np.uint8))
+            self.embedder.load(np.load(BytesIO(raw["embedder.npy"])))
             if self.index.ntotal != len(self.passages):
                 return "it has not as many vectors as passages"
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            return f"it is damaged ({str(error).splitlines()[0]})"
+            return f"it is damaged ({reason_of(error)})"
         return ""
 
     def search(self, question, n):
-        """The n best passages for a question: [(score, Passage)], the best first."""
-        if n > len(self.passages):
-            sys.exit(
-                f"error: there are {len(self.passages):,} passages in --data {self.config.data}, not {n:,}"
-            )
+        """The n best passages for a question: [(score, Passage)], the best first.
+
+        Of the 100 whose vectors are nearest, tfidf then looks at the words themselves: in 1,024 numbers many
+        words fall together.
+        """
         quoted = re.sub(
             r"^who says:?", "", question, flags=re.IGNORECASE
-        )  # that is no part of what is quoted
-        scores, found = self.index.search(self.embedder([quoted]), n)
-        return [(float(s), self.passages[i]) for s, i in zip(scores[0], found[0], strict=True) if i >= 0]
+        )  # the form is no part of the quotation
+        scores, places = self.index.search(self.embedder([quoted]), min(max(n, 100), len(self.passages)))
+        found = [(float(s), self.passages[i]) for s, i in zip(scores[0], places[0], strict=True) if i >= 0]
+        if share := getattr(self.embedder, "share", None):
+            found = [(share(quoted, passage.shown), score, passage) for score, passage in found]
+            found = [(best, p) for best, _, p in sorted(found, key=lambda x: x[:2], reverse=True)]
+        return found[:n]
 
 
-def sha256(path):
-    """The hash of a file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def reason_of(error):
+    """The first line of what an exception says."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 # -------------------------------------------- answering --------------------------------------------
@@ -448,7 +510,7 @@ class Reader:
             if version not in RUNGS:
                 raise ValueError(f"saved by {version}, choose one of {' or '.join(RUNGS)}")
         except Exception as error:  # a file that is missing, cut short or something else altogether
-            sys.exit(f"error: there is no model that answers in {folder} ({str(error).splitlines()[0]})")
+            sys.exit(f"error: there is no model that answers in {folder} ({reason_of(error)})")
         self.rung = importlib.import_module(version)
         checkpoint, saved = self.rung.load_checkpoint("sample", {}, str(folder))
         self.config = replace(saved, greedy=True, temperature=1.0, top_k=0, top_p=1.0)
@@ -460,7 +522,10 @@ class Reader:
         self.hash = self.rung.hash_of(checkpoint["model"])
 
     def prompt(self, question, passages):
-        """The ids of a prompt, and how many of the passages it holds: of too many the last are left out."""
+        """The ids of a prompt, and how many of the passages it holds: of too many the last are left out.
+
+        A character that the model's vocabulary lacks ends the program: only models of characters lack some.
+        """
         question += "" if question[-1] in ".?!" else "?"
         for n in range(len(passages), -1, -1):
             context = "\n\n".join(passage.shown for passage in passages[:n])
@@ -479,16 +544,16 @@ class Reader:
 
 def find_model(config):
     """Return the folder of the model; if there is none of v8 yet, train it."""
+    folder = Path("runs/v8_lora")
     if config.model != "auto":
         return config.model
-    if not Path("runs/v8_lora/metrics.json").exists():
-        print(
-            "there is no model that answers yet: runs v8_lora.py first, some five minutes on two cores",
-            flush=True,
-        )
-        if subprocess.run([sys.executable, Path(__file__).with_name("v8_lora.py")]).returncode:
+    if not (folder / "metrics.json").exists():
+        resume = ["--resume"] * (folder / "checkpoint.pt").exists()
+        time = "some five minutes on two cores, or nine if there is no model of v6 either"
+        print(f"there is no model that answers yet: runs v8_lora.py first, {time}", flush=True)
+        if subprocess.run([sys.executable, Path(__file__).with_name("v8_lora.py"), *resume]).returncode:
             sys.exit("error: v8_lora.py has failed; name a trained model: --model FOLDER")
-    return "runs/v8_lora"
+    return str(folder)
 
 
 # ---------------------------------------------- main ----------------------------------------------
@@ -496,23 +561,28 @@ def find_model(config):
 
 def main():
     question, config = parse_flags()
-    texts = read_texts(config.data)  # what cannot be read is refused now, not after minutes of training
-    reader = Reader(config)
+    texts = read_texts(config)
+    reader = Reader(config) if config.embedder == "lm" else None
     embedder = make_embedder(config, reader)
     library = Library(config, embedder).open(texts)
-    print(f"{len(library.passages):,} passages in {config.data}")
-    found = library.search(question, max(config.k, min(config.show, len(library.passages))))
-    threshold = embedder.threshold if config.threshold == -1 else config.threshold
+    n_passages = len(library.passages)
+    print(f"passages in {config.data}: {n_passages:,}", flush=True)
+    if config.k > n_passages:
+        sys.exit(f"error: --k {config.k:,} is more than the passages in {config.data}: {n_passages:,}")
+    found = library.search(question, max(config.k, config.show))
+    threshold = embedder.threshold if config.threshold == "auto" else float(config.threshold)
     if not found or found[0][0] < threshold:
         best = f"the best passage scores {found[0][0]:.2f}" if found else "no passage has any of its words"
         print(f"nothing found: {best}, less than --threshold {threshold}")
         return
-    prompt, n = reader.prompt(question, [passage for _, passage in found[: config.k]])
+    reader = reader or Reader(config)
+    chosen = [passage for _, passage in found[: config.k]]
+    prompt, n = reader.prompt(question, chosen)
     for i, (score, passage) in enumerate(found):
         print(f"\n[{score:.2f}] {passage.place}{'' if i < n else ', not read'}")
         print(textwrap.indent(passage.shown, "    "))
-    if n < config.k:
-        fit = f"{n} of {config.k} passages fit into the {reader.config.block_size} tokens"
+    if n < len(chosen):
+        fit = f"{n} of {len(chosen)} passages fit into the {reader.config.block_size} tokens"
         print(f"\nnote: {fit} that the model reads")
     print(f"\nthe prompt: {reader.tokenizer.decode(prompt)!r}")
     print(f"the answer: {reader.answer([prompt])[0]}")
@@ -521,4 +591,7 @@ def main():
 if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):  # the stdout of IDLE and of some notebooks is no file
         sys.stdout.reconfigure(errors="replace")  # print even what the terminal has no character for
-    main()
+    try:
+        main()
+    except TokenizerError as error:  # a question that is no text
+        sys.exit(f"error: {error}")

@@ -378,13 +378,16 @@ class Writer:
 
 async def write(job, writer, request):
     """The pieces of a job's text, as they come, and None when nothing happens for a while."""
+    looked = time.monotonic()
     try:
         while writer.reason is None:
+            if time.monotonic() - looked > 0.5:
+                looked = time.monotonic()
+                if await request.is_disconnected():
+                    return
             try:
                 new = await asyncio.wait_for(job.new.get(), timeout=1.0)
             except asyncio.TimeoutError:
-                if await request.is_disconnected():
-                    return
                 continue
             if isinstance(new, Exception):
                 raise Refused("the model has failed, the server's own output says why", 500, "server_error")
@@ -407,10 +410,10 @@ def error(message, status=400, code="invalid_request_error", param=None, headers
 
 
 class Guard:
-    """Looks at each request before anything else: host name, key, size."""
+    """Looks at each request first: host name, key, size. count(path, status) is told how it ended."""
 
-    def __init__(self, app, config):
-        self.app, self.config = app, config
+    def __init__(self, app, config, count):
+        self.app, self.config, self.count = app, config, count
         known = {"localhost", "127.0.0.1", "[::1]", *config.names.split(",")} - {""}
         self.hosts = known | ({config.host} - {"0.0.0.0", "::"})
 
@@ -420,9 +423,15 @@ class Guard:
             if scope["type"] == "websocket" and self.refusal(dict(scope["headers"])):
                 return
             return await self.app(scope, receive, send)
-        if refusal := self.refusal(dict(scope["headers"])):
-            return await refusal(scope, receive, send)
         size = 0
+
+        async def counted(message):
+            if message["type"] == "http.response.start":
+                self.count(scope["path"], message["status"])
+            await send(message)
+
+        if refusal := self.refusal(dict(scope["headers"])):
+            return await refusal(scope, receive, counted)
 
         async def limited():
             nonlocal size
@@ -432,7 +441,7 @@ class Guard:
                 raise HTTPException(413, f"a request has at most {self.config.max_body:,} bytes")
             return message
 
-        await self.app(scope, limited, send)
+        await self.app(scope, limited, counted)
 
     def refusal(self, headers):
         """What to answer to a request with these headers, None if it may go on."""
@@ -486,13 +495,9 @@ def make_app(models, config):
     async def http(request, reason):
         return error(str(reason.detail), reason.status_code)
 
-    @app.middleware("http")
-    async def count(request, call_next):
-        response = await call_next(request)
-        known = {route.path for route in app.routes}
-        route = request.url.path if request.url.path in known else "other"
-        counts["requests"].labels(route, response.status_code).inc()
-        return response
+    def count(path, status):
+        route = path if path in {route.path for route in app.routes} else "other"
+        counts["requests"].labels(route, status).inc()
 
     @app.get("/health")
     async def health():
@@ -639,7 +644,7 @@ def make_app(models, config):
             events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
         )
 
-    return Guard(app, config)
+    return Guard(app, config, count)
 
 
 # ---------------------------------------------- main ----------------------------------------------

@@ -36,7 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -259,11 +259,13 @@ def make_prompts(speeches, n, task, rng, invent, known=()):
 
     With `invent` the names in a passage are invented; names in `known` are neither asked for nor invented.
     """
-    fitting = {speech for _, speech in speeches if len(speech) <= LONGEST}
-    short = [(name, speech) for name, speech in speeches if speech in fitting and len(speech.split()) >= 4]
+    short = [
+        (name, speech) for name, speech in speeches if len(speech) <= LONGEST and len(speech.split()) >= 4
+    ]
     if task == "reply":
-        turns = [(a[1], b) for a, b in pairwise(speeches) if {a[1], b[1]} <= fitting]
-        turns = sorted({f"{speech}\nAnswer as {name}.": reply for speech, (name, reply) in turns}.items())
+        turns = [(a, b) for a, b in pairwise(speeches) if max(len(a[1]), len(b[1])) <= LONGEST]
+        turns = {f"{speech}\nAnswer as {name}.": reply for (_, speech), (name, reply) in turns}
+        turns = sorted(turns.items())
         rng.shuffle(turns)
         return [[("user", prompt), ("assistant", reply)] for prompt, reply in turns[:n]]
     words = [word for _, speech in short for word in re.findall(r"[A-Za-z]{3,}", speech)]
@@ -376,14 +378,15 @@ def encode_replies(prompts, replies, device="cpu"):
     return tuple(x.to(device) for x in pad(examples))
 
 
-def get_batch(pairs, n, step, device="cpu"):
-    """The `draw` of a step that learns from pairs: n neighbours of sorted ones, one update, nothing to show.
+def get_batch(pairs, n, device="cpu"):
+    """Draw n neighbours of sorted pairs, for a step of one update; return it as train wants it.
 
     The batch is (inputs, targets) of the chosen replies and of the rejected ones.
     """
     start = torch.randint(max(1, len(pairs) - n + 1), ()).item()
     prompts, chosen, rejected = zip(*pairs[start : start + n], strict=True)
-    return [tuple(encode_replies(prompts, side, device) for side in (chosen, rejected))], {}
+    batch = [encode_replies(prompts, side, device) for side in (chosen, rejected)]
+    return [batch], {"length": sum((y != -100).sum().item() for _, y in batch) / len(prompts)}
 
 
 def windows(ids, config):
@@ -598,9 +601,13 @@ def load_weights(model, weights):
 
 
 def make_optimizer(model, config):
-    """AdamW (Loshchilov and Hutter 2019), without decay, for all that learns."""
-    learning = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(learning, lr=config.learning_rate, weight_decay=0.0, fused=True)
+    """AdamW (Loshchilov and Hutter 2019), without decay, for all that learns.
+
+    A head begins with nothing, and its steps are ten times as large as the model's.
+    """
+    learning = [p for p in model.model.parameters() if p.requires_grad]
+    groups = [{"params": learning, "scale": 1.0}, {"params": model.head.parameters(), "scale": 10.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=0.0, fused=True)
 
 
 def learning_rate_at(step, config):
@@ -615,7 +622,7 @@ def learning_rate_at(step, config):
 def train(model, draw, loss_of, config, checkpoint, rate="learning_rate", again=" with --resume"):
     """Train to config.max_steps from where `checkpoint` stands; save every eval_interval steps, at Ctrl-C.
 
-    draw(step) returns the batches of a step, an update each, and {name: number} to be shown; loss_of(batch)
+    draw() returns the batches of a step, an update each, and {name: number} to be shown; loss_of(batch)
     a loss and more of these numbers. `rate` and `again` are for what is said when it stops.
     """
     optimizer = make_optimizer(model, config)
@@ -629,16 +636,16 @@ def train(model, draw, loss_of, config, checkpoint, rate="learning_rate", again=
     handlers = {number: signal.signal(number, lambda *_: stop.append(1)) for number in signals}
     for step in (bar := tqdm(steps, initial=checkpoint["step"], total=config.max_steps, unit="step")):
         torch.manual_seed(1_000_000 * config.seed + step)  # a resumed run draws what it would have drawn
-        batches, shown = draw(step)
+        batches, shown = draw()
         checkpoint["tokens"] += round(shown.get("length", 0) * config.batch_size)
-        sums = Counter()
+        sums = defaultdict(float)
         for batch in batches:
             model.zero_grad()
             loss, numbers = loss_of(batch)
             loss.backward()
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, config)
-            nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+                group["lr"] = group["scale"] * learning_rate_at(step, config)
+                nn.utils.clip_grad_norm_(group["params"], config.grad_clip)
             optimizer.step()
             for name, number in ({"loss": loss.detach()} | numbers).items():
                 sums[name] += number / len(batches)
@@ -732,6 +739,25 @@ def merge(model):
     return weights
 
 
+def hash_of(weights):
+    """A short hash of saved weights, a dict of tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode() + weights[name].cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def refuse_idle(flags, config):
+    """Exit if a flag would do nothing."""
+    idle = {name for names in METHODS.values() for name in names} - {*METHODS[config.method]}
+    idle |= {*JUDGING} if config.task == "read" else set()
+    idle |= {*TRAINING, "batch_size", "lora_rank"} if config.method == "best_of_n" else set()
+    idle |= {"n_prompts", "n_replies", "noise"} if config.preferences else set()
+    idle |= set() if config.lora_rank else {"lora_alpha"}
+    if wrong := sorted(idle & flags.keys()):
+        sys.exit(f"error: --{wrong[0]} does nothing here, see --method, --task and --lora_rank; leave it out")
+
+
 def make_folder(config):
     """Make the folder of a run; exits if nothing can be written there."""
     try:
@@ -780,11 +806,14 @@ def load_checkpoint(mode, flags, folder):
         damaged = [part for part, kind in parts.items() if not isinstance(checkpoint.get(part), kind)]
         if damaged or saved != known or "n_embd" not in known:
             raise ValueError(f"damaged: {', '.join(damaged) or 'config'}")
+        saved["vocab_size"] = len(make_tokenizer(checkpoint["vocab"]).vocab)
+        shapes = {name: tuple(weight.shape) for name, weight in checkpoint["model"].items()}
+        if shapes["token_embedding.weight"] != (saved["vocab_size"], saved["n_embd"]):
+            raise ValueError("damaged: model")
     except Exception as error:  # a file that is missing, cut short or something else altogether
         reason, who = str(error).split("\n")[0], "v8 or v9" if mode == "train" else NAME
         hint = "name another --base" if mode == "train" else f"train first: python {NAME}.py"
         sys.exit(f"error: no checkpoint of {who} in {folder} ({reason}); {hint}")
-    saved["vocab_size"] = len(make_tokenizer(checkpoint["vocab"]).vocab)
     saved = asdict(Config(**saved)) | {"out_dir": flags.get("out_dir", Config.out_dir)}
     may_change = kinds.keys() - {*MODEL} if mode == "train" else MAY_CHANGE[mode]
     if mode == "resume" and flags.get("max_steps", saved["max_steps"]) <= checkpoint["step"]:
@@ -800,14 +829,6 @@ def load_checkpoint(mode, flags, folder):
         reason = f"does not fit into the {config.block_size} tokens that the model looks back at"
         sys.exit(f"error: --max_new_tokens {config.max_new_tokens} {reason}; take fewer")
     return checkpoint, config
-
-
-def hash_of(weights):
-    """A short hash of saved weights, a dict of tensors."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode() + weights[name].cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def bits_per_char(model, val_ids, tokenizer, config):
@@ -849,6 +870,8 @@ def annotate(reply):
 class WithHead(nn.Module):
     """A language model and from its hidden states a number a token: a reward model or a value function."""
 
+    mean, std = 0.0, 1.0  # of the rewards of the base's replies
+
     def __init__(self, model):
         super().__init__()
         self.model, self.head = model, nn.Linear(model.config.n_embd, 1, device=model.norm.weight.device)
@@ -856,13 +879,20 @@ class WithHead(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def reward(self, x, y):
-        """Inputs and targets (B, T), -100 outside the reply, to the means of the reply's numbers (B,)."""
+        """Inputs and targets (B, T), -100 outside the reply, to the means of its tokens' numbers (B,).
+
+        The mean and not, as is usual, the number at the last token: this annotator counts by the word.
+        """
         device = self.model.norm.weight.device
-        x, y, mask = x.to(device), y.to(device), (y != -100).to(device)
-        return (self.head(self.model.hidden_states(x))[..., 0] * mask).sum(dim=1) / mask.sum(dim=1)
+        ids = torch.cat([x, y[:, -1:].clamp(min=0)], dim=1).to(device)  # (B, T + 1), the last token too
+        mask = F.pad(y != -100, (1, 0)).to(device)  # at the reply's tokens, not before them
+        return (self.head(self.model.hidden_states(ids))[..., 0] * mask).sum(dim=1) / mask.sum(dim=1)
 
     def forward(self, x):
-        """Token ids (B, T) to logits (B, T, V) and values (B, T), which do not move the states below them."""
+        """Token ids (B, T) to logits (B, T, V) and values (B, T).
+
+        The values' loss does not move the states below: the replies are all that a policy is to learn.
+        """
         states = self.model.hidden_states(x)
         return self.model.logits(states), self.head(states.detach())[..., 0]
 
@@ -906,6 +936,12 @@ def advantages(rewards, values, mask, gae_lambda):
     return result
 
 
+def group_advantages(rewards, n):
+    """GRPO's (Shao et al. 2024): rewards (B,) of n replies to each prompt, less their mean, by spread."""
+    groups = rewards.view(-1, n)
+    return ((groups - groups.mean(dim=1, keepdim=True)) / (groups.std(dim=1, keepdim=True) + 1e-4)).flatten()
+
+
 def whiten(x, mask):
     """x (B, T) with mean 0 and standard deviation 1 where mask is 1."""
     mean = (x * mask).sum() / mask.sum()
@@ -914,9 +950,11 @@ def whiten(x, mask):
 
 
 def clipped_loss(new, old, advantage, mask, clip_range):
-    """PPO's loss (Schulman et al. 2017) of log-probabilities (B, T), and the share of clipped ratios.
+    """PPO's loss (Schulman et al. 2017) of log-probabilities (B, T), and the share of ratios that have left
+    1 +- clip_range.
 
-    A ratio that has left 1 +- clip_range in the direction of its advantage has no gradient any more.
+    One that did so in the direction of its advantage has no gradient any more. The mean is over all tokens,
+    in grpo too (as in Yu et al. 2025; Shao et al. 2024 take it over each reply first).
     """
     ratio = (new - old).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
@@ -926,15 +964,19 @@ def clipped_loss(new, old, advantage, mask, clip_range):
 
 
 def value_loss(new, old, returns, mask, clip_range):
-    """Half the squared error of values (B, T); to move further than clip_range from `old` gains nothing."""
+    """Half the squared error of values (B, T); to move further than clip_range from `old` gains nothing.
+
+    So it is in the authors' code (Dhariwal et al. 2017, baselines); the paper has no clipped values.
+    """
     clipped = old + (new - old).clamp(-clip_range, clip_range)
     error = torch.maximum((new - returns) ** 2, (clipped - returns) ** 2)
     return 0.5 * (error * mask).sum() / mask.sum()
 
 
 def dpo_loss(margin, dpo_beta):
-    """DPO (Rafailov et al. 2023): `margin` (B,) is how much more the policy has raised the chosen reply's
-    log-probability above the reference's than the rejected one's.
+    """-ln sigmoid(dpo_beta * margin), the loss of DPO (Rafailov et al. 2023).
+
+    `margin` (B,) is ln(p / p of the reference) of the chosen reply, less that of the rejected one.
     """
     return -F.logsigmoid(dpo_beta * margin).mean()
 
@@ -993,8 +1035,8 @@ def load_pairs(base, learning, held_out, tokenizer, config, folder):
     """Return encoded pairs to learn from and others to test with. The annotator's are kept in `folder`."""
     path = folder / "preferences.jsonl"
     if config.preferences:
-        pairs = read_preferences(config.preferences)
-        pairs, test = [pair for i, pair in enumerate(pairs) if i % 10], pairs[::10]
+        texts, pairs = {prompt.text for prompt in held_out}, read_preferences(config.preferences)
+        pairs, test = ([pair for pair in pairs if (pair[0] in texts) == is_test] for is_test in (False, True))
     else:
         if not path.exists():
             pairs = judge_pairs(base, learning, config.noise, tokenizer, config)
@@ -1010,25 +1052,17 @@ def load_pairs(base, learning, held_out, tokenizer, config, folder):
 
 
 def encode_pairs(pairs, tokenizer, config):
-    """Pairs of texts as ids, those that fit the window, shortest first: neighbours fill a batch."""
+    """Pairs of texts as ids, those that fit the window, shortest first: neighbours fill a batch.
+
+    A text that was written token by token may be encoded otherwise than it was written.
+    """
     end, encoded = [end_of(tokenizer)], []
     for prompt, *replies in pairs:
         ids = encode_prompt([("user", prompt)], tokenizer)
         chosen, rejected = (tokenizer.encode(reply) + end for reply in replies)
-        if len(ids) + max(len(chosen), len(rejected)) <= config.block_size + 1:
+        if len(ids) + max(len(chosen), len(rejected)) <= config.block_size:
             encoded.append((ids, chosen, rejected))
     return sorted(encoded, key=lambda pair: sum(map(len, pair)))
-
-
-def refuse_idle(flags, config):
-    """Exit if a flag would do nothing."""
-    idle = {name for names in METHODS.values() for name in names} - {*METHODS[config.method]}
-    idle |= {*JUDGING} if config.task == "read" else set()
-    idle |= {*TRAINING, "batch_size", "lora_rank"} if config.method == "best_of_n" else set()
-    idle |= {"n_prompts", "n_replies", "noise"} if config.preferences else set()
-    idle |= set() if config.lora_rank else {"lora_alpha"}
-    if wrong := sorted(idle & flags.keys()):
-        sys.exit(f"error: --{wrong[0]} does nothing here, see --method, --task and --lora_rank; leave it out")
 
 
 def judge_folder(config, base_hash, learning):
@@ -1037,15 +1071,16 @@ def judge_folder(config, base_hash, learning):
     asked = [prompt.text for prompt in learning]
     key = [base_hash, read_preferences(config.preferences) if config.preferences else asked]
     key += [*(getattr(config, name) for name in names), config.temperature, config.max_new_tokens]
+    key += [KIND, CRUEL, inspect.getsource(annotate)]  # another taste, another reward model
     folder = Path("runs", "preferences", hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16])
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def load_judge(base, pairs, test, config, folder):
-    """Return the reward model in `folder`, which is trained on `pairs` first if there is none.
+def load_judge(base, pairs, test, learning, tokenizer, config, folder):
+    """Return the reward model in `folder`, trained on `pairs` if there is none, and how often it is right.
 
-    Its scores are normalised: replies of the base have mean 0 and standard deviation 1.
+    Its scores are normalised (Ziegler et al. 2019): replies of the base have mean 0 and standard deviation 1.
     """
     config = replace(config, out_dir=str(folder), max_steps=config.reward_steps, eval_interval=100)
     config.learning_rate, config.warmup_steps = config.reward_rate, 20
@@ -1071,8 +1106,10 @@ def load_judge(base, pairs, test, config, folder):
         prompts, *sides = zip(*test[i : i + 128], strict=True)
         with torch.no_grad():
             scores.append(torch.stack([judge.reward(*encode_replies(prompts, side)) for side in sides]))
-    scores = torch.cat(scores, dim=1)  # (2, N)
-    judge.mean, judge.std = scores.mean(), scores.std()
+    scores, some = torch.cat(scores, dim=1), learning[:400]  # (2, N)
+    torch.manual_seed(config.seed)
+    of_base = score(judge, some, sample(base, some, 1, tokenizer, config))
+    judge.mean, judge.std = of_base.mean(), of_base.std()
     return judge, (scores[0] > scores[1]).float().mean().item()
 
 
@@ -1081,7 +1118,7 @@ def make_draw(policy, base, reward, truth, learning, tokenizer, config):
     n = config.group_size if config.method == "grpo" else 1
 
     @torch.no_grad()
-    def draw(step):
+    def draw():
         asked = [learning[i] for i in torch.randint(len(learning), (config.batch_size // n,)).tolist()]
         replies = sample(policy.model, asked, n, tokenizer, config)
         asked = [prompt for prompt in asked for _ in range(n)]
@@ -1091,25 +1128,22 @@ def make_draw(policy, base, reward, truth, learning, tokenizer, config):
         old = log_probs(logits, y, config.temperature)
         with without_adapters():
             reference = log_probs(base(x), y, config.temperature)
-        rewards, truths = reward(asked, replies).to(x.device), truth(asked, replies)  # (B,)
+        rewards = reward(asked, replies).to(x.device)  # (B,)
+        parts = {"x": x, "y": y, "mask": mask, "old": old, "reference": reference}
         if config.method == "ppo":
-            last = y.ne(-100) & (mask.flip(1).cumsum(dim=1).flip(1) == 1)
-            given = -config.kl_coef * (old - reference) * mask + last * rewards[:, None]
+            last = mask - F.pad(mask[:, 1:], (0, 1))  # 1 at the token that ends a reply
+            given = last * rewards[:, None] - config.kl_coef * (old - reference) * mask
             advantage = advantages(given, values, mask, config.gae_lambda)
-            returns = advantage + values
-            advantage = whiten(advantage, mask)
+            parts |= {"advantage": whiten(advantage, mask), "values": values, "returns": advantage + values}
         else:
-            groups = rewards.view(-1, n)
-            advantage = (groups - groups.mean(dim=1, keepdim=True)) / (groups.std(dim=1, keepdim=True) + 1e-4)
-            advantage, returns = advantage.view(-1, 1) * mask, values
-        parts = {"x": x, "y": y, "mask": mask, "old": old, "reference": reference, "values": values}
-        parts |= {"advantage": advantage, "returns": returns}
+            parts["advantage"] = group_advantages(rewards, n)[:, None] * mask
         batches = []
         for _ in range(config.n_epochs):
             for rows in torch.randperm(len(x)).chunk(config.n_minibatches):
                 batches.append({name: part[rows] for name, part in parts.items()})
-        shown = {"score": rewards.mean(), "truth": truths.mean(), "length": mask.sum(dim=1).mean()}
-        shown["kl"] = ((old - reference) * mask).sum(dim=1).mean()
+        shown = {"score": rewards.mean(), "length": mask.sum(dim=1).mean()}
+        shown |= {"truth": truth(asked, replies).mean()} if truth else {}
+        shown["kl"] = ((old - reference) * mask).sum(dim=1).mean()  # by the drawn tokens alone
         return batches, {name: number.item() for name, number in shown.items()}
 
     return draw
@@ -1133,8 +1167,8 @@ def preference_loss(policy, batch, base, config):
     sums = []
     for x, y in batch:  # the chosen replies, the rejected ones
         with torch.no_grad(), without_adapters():
-            before = log_probs(base(x), y, 1.0).sum(dim=1)
-        sums.append(log_probs(policy.model(x), y, 1.0).sum(dim=1) - before)
+            before = log_probs(base(x), y, config.temperature).sum(dim=1)
+        sums.append(log_probs(policy.model(x), y, config.temperature).sum(dim=1) - before)
     margin = sums[0] - sums[1]
     return dpo_loss(margin, config.dpo_beta), {"accuracy": (margin > 0).float().mean()}
 
@@ -1143,9 +1177,10 @@ def preference_loss(policy, batch, base, config):
 def measure(policy, base, judge, truth, held_out, tokenizer, config):
     """The policy's replies to held-out prompts beside the base's: {name: number} of both, and some as text.
 
-    The KL is exact at each token of a reply. That of best_of_n is at most ln n - (n - 1) / n.
+    The KL is exact at each token of a reply. That of best_of_n is at most ln n - (n - 1) / n (Stiennon et al.
+    2020, Beirami et al. 2024). "preferred" is the annotator's opinion; of --preferences, the reward model's.
     """
-    numbers, texts, truths = {}, {}, []
+    numbers, texts, opinions = {}, {}, []
     for name, model in (("base", base), ("policy", policy.model)):
         torch.manual_seed(config.seed + len(numbers))
         n = config.n_best if name == "policy" and config.method == "best_of_n" else 1
@@ -1161,13 +1196,16 @@ def measure(policy, base, judge, truth, held_out, tokenizer, config):
             kl = exact_kl(logits, base(x), y, config.temperature)
         texts[name] = [to_text(reply, tokenizer) for reply in replies]
         words = [word for text in texts[name] for word in re.findall(r"[a-z']+", text.lower())]
-        truths.append(truth(held_out, replies))
-        numbers[name] = {"truth": truths[-1].mean().item(), "kl": kl.mean().item()}
-        numbers[name] |= {"score": score(judge, held_out, replies).mean().item()} if judge else {}
+        numbers[name] = {"kl": kl.mean().item()}
+        if judge:
+            numbers[name]["score"] = score(judge, held_out, replies).mean().item()
+        if truth:
+            numbers[name]["truth"] = truth(held_out, replies).mean().item()
+        opinions.append(truth(held_out, replies) if truth else score(judge, held_out, replies))
         numbers[name] |= {"length": len(words) / len(held_out), "distinct_words": len(set(words))}
     if config.method == "best_of_n":  # no model has this distribution: its bound
-        numbers["policy"]["kl"] = math.log(n) - (n - 1) / n
-    won, tied = truths[1] > truths[0], truths[1] == truths[0]
+        numbers["policy"]["kl"] = math.log(config.n_best) - (config.n_best - 1) / config.n_best
+    won, tied = opinions[1] > opinions[0], opinions[1] == opinions[0]
     numbers["policy"]["preferred"] = (won + 0.5 * tied).mean().item()
     numbers["base"]["preferred"] = 1 - numbers["policy"]["preferred"]
     return numbers, texts
@@ -1248,7 +1286,7 @@ def generate(model, prompts, config, stop):
         model.hidden_states(idx[:, :-1], cache)  # what is beyond a row's length will be overwritten
     cache.lengths.copy_(lengths - 1)
     last, replies = idx.gather(1, lengths[:, None] - 1), [[] for _ in prompts]
-    rows, going = torch.arange(len(prompts), device=device), lengths > 0
+    rows, going = torch.arange(len(prompts), device=device), torch.ones_like(lengths, dtype=torch.bool)
     for _ in range(config.max_new_tokens):
         x = model.hidden_states(last, cache)
         cache.lengths += 1
@@ -1300,6 +1338,8 @@ def main():
     base = LanguageModel(config, config.vocab_size).to(device).eval().requires_grad_(False)
     load_weights(base, start["model"])
     if mode == "sample":
+        if config.method == "best_of_n":
+            sys.exit(f"error: best_of_n has trained nothing in {config.out_dir}; sample the base")
         return print(answer(base, tokenizer, config))
 
     base_hash = hash_of(start["model"])
@@ -1311,21 +1351,24 @@ def main():
     if config.task == "reply":
         folder = judge_folder(config, base_hash, learning)
         pairs, test = load_pairs(base, learning, held_out, tokenizer, config, folder)
-        judge, accuracy = load_judge(base, pairs, test, config, folder)
+        judge, accuracy = load_judge(base, pairs, test, learning, tokenizer, config, folder)
         right = f"{accuracy:.1%} of {len(test):,} held-out pairs"
         print(f"the reward model agrees with the annotator on {right}", flush=True)
     torch.manual_seed(config.seed)
     policy = WithHead(copy.deepcopy(base).requires_grad_(True)).eval()
     if config.lora_rank:
-        base = adapt(policy.model, config)
-    reward = partial(score, judge) if judge else partial(true_reward, tokenizer=tokenizer, config=config)
-    truth = reward if config.preferences else partial(true_reward, tokenizer=tokenizer, config=config)
-    draw, loss = make_draw(policy, base, reward, truth, learning, tokenizer, config), policy_loss
+        base = adapt(policy.model, config)  # from here on the base is the policy without its adapters
+    asked = partial(true_reward, tokenizer=tokenizer, config=config)
+    reward = partial(score, judge) if judge else asked
+    truth = None if config.preferences else asked  # the people behind these pairs cannot be asked
     if config.method == "dpo":
-        draw = partial(get_batch, pairs, config.batch_size, device=device)
-        loss = partial(preference_loss, base=base)
+        draw = partial(get_batch, pairs, config.batch_size, device)
+        loss_of = partial(preference_loss, policy, base=base, config=config)
+    else:
+        draw = make_draw(policy, base, reward, truth, learning, tokenizer, config)
+        loss_of = partial(policy_loss, policy, config=config)
     if training and config.method != "best_of_n":
-        train(policy, draw, partial(loss, policy, config=config), config, checkpoint)
+        train(policy, draw, loss_of, config, checkpoint)
     elif mode == "train":  # best_of_n answers with the base
         keep_finished(config)
         checkpoint |= {"model": start["model"], "last": {}, "optimizer": {}, "config": asdict(config)}

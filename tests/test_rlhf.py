@@ -289,12 +289,26 @@ def test_a_reward_is_the_mean_over_the_reply_alone():
     judge.head = Given()
     x, y = v9.encode_replies([[1, 2, 3], [4]], [[5, STOP], [6, 7, STOP]])
     assert x.shape == (2, 4)
-    judge.head.numbers = torch.tensor([[9.0, 9.0, 1.0, 2.0], [3.0, 4.0, 8.0, 9.0]])
+    # ids of the first row: 1 2 3 5 STOP, of the second: 4 6 7 STOP and one that fills it up
+    judge.head.numbers = torch.tensor([[9.0, 9.0, 9.0, 1.0, 2.0], [9.0, 3.0, 4.0, 8.0, 9.0]])
     assert judge.reward(x, y).tolist() == [1.5, 5.0]
-    judge.head.numbers[0, :2] = judge.head.numbers[1, 3] = -50  # the prompt, what comes after the reply
+    judge.head.numbers[0, :3] = judge.head.numbers[1, 0] = judge.head.numbers[1, 4] = -50
     assert judge.reward(x, y).tolist() == [1.5, 5.0]
-    judge.head.numbers[0, 2] += 4
+    judge.head.numbers[0, 3] += 4
     assert judge.reward(x, y).tolist() == [3.5, 5.0]
+
+
+def test_a_reward_sees_the_whole_reply_and_nothing_else():
+    base, _ = make_model()
+    judge = v9.WithHead(base)
+    nn.init.normal_(judge.head.weight)
+    replies = [[5, 6], [5, STOP], [5, STOP, 7]]  # the last id counts too, and so does where it ends
+    rewards = [judge.reward(*v9.encode_replies([[1, 2, 3]], [reply])).item() for reply in replies]
+    assert len({round(reward, 4) for reward in rewards}) == 3
+    with torch.no_grad():
+        states = base.hidden_states(torch.tensor([[1, 2, 3, 5, STOP]]))
+        expected = judge.head(states)[0, 3:, 0].mean().item()
+    assert rewards[1] == pytest.approx(expected, abs=1e-6)
 
 
 def test_padding_changes_no_reward_and_no_log_probability():
@@ -445,19 +459,19 @@ def test_pairs_of_texts_become_ids():
         ("abc", "h" * 9, "b"),
         ("ab", "cd", "e"),
         ("a", "b", "c"),
-        ("a", "b" * 5, "c"),
-        ("a", "c", "b" * 6),
+        ("a", "b" * 4, "c"),
+        ("a", "c", "b" * 5),
     ]
     found = v9.encode_pairs(pairs, CHARS, config)
     a = [special["<|user|>"], 0, special["<|assistant|>"]]
     ab = [special["<|user|>"], 0, 1, special["<|assistant|>"]]
-    # 3 + 6 ids are block_size + 1: the last is predicted only
+    # 3 + 5 ids fill the window, 3 + 6 do not fit
     assert found == [
         (a, [1, STOP], [2, STOP]),
         (ab, [2, 3, STOP], [4, STOP]),
-        (a, [1] * 5 + [STOP], [2, STOP]),
+        (a, [1] * 4 + [STOP], [2, STOP]),
     ]
-    [((x, y), (x2, y2))], _ = v9.get_batch(found[1:2], 4, 1)
+    [((x, y), (x2, y2))], _ = v9.get_batch(found[1:2], 4)
     assert x.tolist() == [[*ab, 2, 3]] and y.tolist() == [[-100] * 3 + [2, 3, STOP]]
     assert x2.tolist() == [[*ab, 4]] and y2.tolist() == [[-100] * 3 + [4, STOP]]
 
@@ -467,7 +481,7 @@ def test_batches_of_pairs_are_neighbours_and_reach_all():
     seen = set()
     torch.manual_seed(0)
     for _ in range(40):
-        [((x, y), _)], _ = v9.get_batch(pairs, 2, 1)
+        [((x, y), _)], _ = v9.get_batch(pairs, 2)
         first = x[:, 0].tolist()
         assert first[1] == first[0] + 1 and y[0, 0].item() == first[0] % 7
         seen.add(first[0])
@@ -652,7 +666,7 @@ def drawn(draw, monkeypatch, step=1):
     with monkeypatch.context() as patch:
         patch.setattr(torch, "randperm", torch.arange)
         torch.manual_seed(step)
-        batches, shown = draw(step)
+        batches, shown = draw()
     return batches[0], shown, batches
 
 
@@ -693,7 +707,7 @@ def test_ppo_pays_for_each_token_and_rewards_the_last(tmp_path, monkeypatch):
 def test_each_epoch_goes_over_all_replies_once(method, tmp_path):
     _, draw, _, _ = set_up(tmp_path, method=method, n_epochs=3, n_minibatches=4)
     torch.manual_seed(0)
-    batches, _ = draw(1)
+    batches, _ = draw()
     assert len(batches) == 12 and all(len(batch["x"]) == 2 for batch in batches)
     epochs = [torch.cat([batch["old"] for batch in batches[i : i + 4]]) for i in (0, 4, 8)]
     rows = [epoch.sum(dim=1).tolist() for epoch in epochs]
@@ -1023,8 +1037,9 @@ def test_a_run_makes_all_its_files(run, bases, trained):
     if run in ("ppo", "grpo", "lora", "read"):
         assert metrics["tokens"] == round(8 * sum(point["length"] for point in metrics["history"])) > 0
         assert all({"score", "truth", "kl", "clipped"} <= point.keys() for point in metrics["history"])
-    of_each = {"truth", "kl", "length", "distinct_words", "preferred", "bits_per_char", "val_loss"}
+    of_each = {"kl", "length", "distinct_words", "preferred", "bits_per_char", "val_loss"}
     of_each |= {"score"} if run != "read" else set()
+    of_each |= {"truth"} if run != "own" else set()  # nobody can ask the people behind one's own pairs
     assert of_each == metrics["before"].keys() and of_each <= metrics.keys()
     assert metrics["before"]["kl"] == 0 and (metrics["kl"] > 0) == (run != "read")  # no reward
     assert ("accuracy" in metrics) == (run != "read")
@@ -1032,7 +1047,7 @@ def test_a_run_makes_all_its_files(run, bases, trained):
     assert same == (run in ("best_of_n", "read"))
     sample = (out / "sample.txt").read_text(encoding="utf-8")
     assert sample in process.stdout and sample.count("  before: ") == sample.count("  after:  ") > 5
-    for name in ("truth", "bits_per_char"):
+    for name in ("preferred", "bits_per_char"):
         assert f"{metrics[name]:.4f}" in process.stdout and f"{metrics['before'][name]:.4f}" in process.stdout
 
 
@@ -1062,6 +1077,9 @@ def test_the_bits_per_character_are_those_of_v8(bases, trained):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_sampling_answers_as_after_training_and_changes_no_file(run, bases, trained):
+    if run == "best_of_n":
+        refused(run_v9(bases, "--sample", f"--out_dir={run}"), "best_of_n has trained nothing")
+        return
     before, texts = files_of(bases), []
     for more in ([], [], ["--seed=7"], ["--greedy"], ["--prompt=death death\\nAnswer as NURSE."]):
         process = run_v9(bases, "--sample", f"--out_dir={run}", *more)

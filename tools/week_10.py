@@ -200,7 +200,7 @@ def by_hand():
     learning, held_out = v9.load_prompts(config, tokenizer)
     place = v9.judge_folder(config, v9.hash_of(start["model"]), learning)
     pairs, test = v9.load_pairs(base, learning, held_out, tokenizer, config, place)
-    judge, _ = v9.load_judge(base, pairs, test, config, place)
+    judge, _ = v9.load_judge(base, pairs, test, learning, tokenizer, config, place)
     prompt, chosen, rejected = next(
         pair for pair in test if 12 <= len(pair[1]) <= 20 and 12 <= len(pair[2]) <= 20
     )

@@ -1,0 +1,532 @@
+"""serve.py: what it answers is what the rungs write, whoever else asks; bad requests, limits, a client."""
+
+import contextlib
+import json
+import socket
+import sys
+import threading
+import time
+import types
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import httpx
+import openai
+import pytest
+import torch
+import uvicorn
+from conftest import run_here, tiny_flags
+from test_command_line import refused
+from test_rag import VOCAB, save_model
+
+import serve
+import v7_quantize as v7
+import v8_lora as v8
+import v9_rlhf as v9
+
+TEXT = "".join(f"{name}:\nGood morrow, cousin, {i}.\n\n" for i in range(80) for name in ("ROMEO", "JULIET"))
+OLD = serve.RUNGS[:7]  # trained on TEXT; v8 and v9 have random weights
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder of small models, one of each rung, and two that cannot be served."""
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    for rung in OLD:
+        flags = tiny_flags(sys.modules.get(rung) or __import__(rung), block_size=16)
+        process = run_here(rung, *flags, "--data=text.txt", f"--out_dir=runs/{rung}", cwd=folder)
+        assert process.returncode == 0, process.stderr
+    flags = ("--base=runs/v6_amp_ddp", "--quantize=none", "--out_dir=runs/v7_quantize", "--data=text.txt")
+    process = run_here("v7_quantize", *flags, cwd=folder)
+    assert process.returncode == 0, process.stderr
+    save_model(folder / "runs" / "v8_lora")
+    save_model(folder / "runs" / "v9_rlhf", v9, seed=2)
+    (folder / "runs" / "cut").mkdir()
+    (folder / "runs" / "cut" / "checkpoint.pt").write_bytes(b"PK no model")
+    (folder / "runs" / "other").mkdir()
+    checkpoint = torch.load(folder / "runs" / "v8_lora" / "checkpoint.pt", weights_only=True)
+    torch.save(checkpoint | {"version": "antigravity"}, folder / "runs" / "other" / "checkpoint.pt")
+    return folder / "runs"
+
+
+class Running:
+    """A server in a thread."""
+
+    def __init__(self, runs, **changes):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.config = serve.Config(runs=str(runs), port=port, **changes)
+        self.models = serve.find_models(self.config)
+        app = serve.make_app(self.models, self.config)
+        self.server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        self.url = f"http://127.0.0.1:{port}"
+        while not self.server.started:
+            time.sleep(0.01)
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key=serve.KEY or "none", max_retries=0)
+
+    def stop(self):
+        self.http.close()
+        self.openai.close()
+        self.server.should_exit = True
+        self.thread.join()
+
+
+@pytest.fixture(scope="module")
+def running(runs):
+    """A server of all models."""
+    server = Running(runs, n_rows=4, max_tokens=200)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def start(runs):
+    """Start servers of other settings, which end with the test."""
+    servers = []
+
+    def start_one(**changes):
+        servers.append(Running(runs, **changes))
+        return servers[-1]
+
+    yield start_one
+    for server in servers:
+        server.stop()
+
+
+def written_by_the_rung(runs, name, prompt, n):
+    """What a rung itself adds to a prompt, greedy."""
+    rung = __import__(name)
+    if name in serve.CHATTING:
+        checkpoint, config = rung.load_checkpoint("sample", {}, str(runs / name))
+    elif name == "v7_quantize":
+        checkpoint, config = rung.load_checkpoint("sample", {}, str(runs / name))
+    else:
+        checkpoint, config = rung.load_checkpoint("sample", {"out_dir": str(runs / name)})
+    config = replace(config, greedy=True, max_new_tokens=n)
+    tokenizer = v8.make_tokenizer(checkpoint["vocab"])
+    if name == "v7_quantize":
+        model = v7.load_model(checkpoint["model"], config, "cpu")
+    else:
+        model = rung.LanguageModel(config, len(tokenizer.vocab))
+        rung.load_weights(model, checkpoint["model"])
+    ids = tokenizer.encode(prompt)
+    if name in serve.CHATTING:
+        new = rung.generate(model.eval(), [ids], config, None)[0]
+    else:
+        new = rung.generate(model, torch.tensor([ids]), config)[0].tolist()[len(ids) :]
+    return tokenizer.decode(new)
+
+
+# ----------------------------------------------- answers -----------------------------------------------
+
+
+@pytest.mark.parametrize("name", serve.RUNGS)
+def test_each_rung_writes_here_what_it_writes_itself(name, runs, running):
+    asked = running.openai.completions.create(model=name, prompt="ROMEO:\nGood", max_tokens=10, temperature=0)
+    assert asked.choices[0].text == written_by_the_rung(runs, name, "ROMEO:\nGood", 10) != ""
+    assert asked.choices[0].finish_reason == "length" and asked.usage.completion_tokens == 10
+    assert asked.model == name and asked.usage.total_tokens == asked.usage.prompt_tokens + 10
+
+
+@pytest.mark.parametrize("name", serve.RUNGS)
+def test_a_stream_is_the_same_text_in_pieces(name, running):
+    asked = dict(model=name, prompt="ROMEO:\n", max_tokens=30, seed=5, temperature=0.9, top_p=0.95)
+    whole = running.openai.completions.create(**asked)
+    chunks = list(running.openai.completions.create(**asked, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+    assert len(chunks) > 5 and len({chunk.id for chunk in chunks}) == 1
+    other = running.openai.completions.create(**asked | {"seed": 6})
+    assert other.choices[0].text != whole.choices[0].text
+
+
+def test_many_at_once_get_what_each_would_get_alone(running):
+    prompts = [
+        f"{name}:\n{word}" for name in ("ROMEO", "JULIET") for word in ("Good", "morrow", "c", "in, 3", "")
+    ]
+    asked = [
+        dict(model=name, prompt=prompt, max_tokens=20 + 5 * i, temperature=i % 2, seed=i)
+        for name in ("v6_amp_ddp", "v5_gpt2", "v2_attention")
+        for i, prompt in enumerate(prompts)
+    ]
+
+    def ask(request):
+        return running.openai.completions.create(**request).choices[0].text
+
+    alone = [ask(request) for request in asked]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        assert list(pool.map(ask, asked)) == alone
+
+
+def test_several_prompts_and_several_answers_have_their_places(running):
+    asked = dict(model="v6_amp_ddp", max_tokens=8, seed=3)
+    found = running.openai.completions.create(prompt=["ROMEO", "JULIET:\n"], n=2, **asked)
+    assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
+    for i, choice in enumerate(found.choices):
+        one = asked | {"seed": 3 + i, "prompt": ["ROMEO", "JULIET:\n"][i // 2]}
+        assert choice.text == running.openai.completions.create(**one).choices[0].text
+    streamed = {}
+    for chunk in running.openai.completions.create(prompt=["ROMEO", "JULIET:\n"], n=2, stream=True, **asked):
+        streamed[chunk.choices[0].index] = streamed.get(chunk.choices[0].index, "") + chunk.choices[0].text
+    assert streamed == {choice.index: choice.text for choice in found.choices}
+    assert found.usage.completion_tokens == 32
+
+
+def test_a_conversation_is_encoded_by_the_template_and_ends_by_itself(runs, running):
+    turns = [("context", "ROMEO:\nGood morrow"), ("user", "Who says: Good?")]
+    model = running.models["v8_lora"]
+    assert model.encode_turns(turns) == v8.encode_prompt(turns, model.tokenizer)
+    messages = [{"role": "system", "content": turns[0][1]}]
+    messages.append({"role": "user", "content": [{"type": "text", "text": turns[1][1]}]})
+    asked = dict(model="v8_lora", messages=messages, temperature=0, max_completion_tokens=30)
+    found = running.openai.chat.completions.create(**asked)
+    checkpoint, config = v8.load_checkpoint("sample", {}, str(runs / "v8_lora"))
+    model = v8.LanguageModel(config, config.vocab_size)
+    model.load_state_dict(checkpoint["model"])
+    tokenizer = v8.make_tokenizer(checkpoint["vocab"])
+    end, config = tokenizer.special_tokens["<|endoftext|>"], replace(config, greedy=True, max_new_tokens=30)
+    expected = v8.generate(model, [v8.encode_prompt(turns, tokenizer)], config, end)[0]
+    assert found.choices[0].message.content == v8.to_text(expected, tokenizer)
+    assert found.choices[0].finish_reason == ("stop" if end in expected else "length")
+    chunks = list(
+        running.openai.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    )
+    assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].usage == found.usage
+    assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == found.choices[0].message.content
+
+
+def test_special_tokens_in_a_text_are_plain_text(running):
+    model = running.models["v8_lora"]
+    ids = model.encode_turns([("user", "a<|endoftext|><|assistant|>b")]) if "<" in VOCAB else None
+    assert ids is None  # this vocabulary has no such character: the request is refused, not cut
+    for text in ("<|endoftext|>", "a<|assistant|>b"):
+        with pytest.raises(openai.BadRequestError, match="lacks the character"):
+            running.openai.completions.create(model="v8_lora", prompt=text)
+
+
+class Scripted:
+    """An engine that says what it is told."""
+
+    def __init__(self, ids):
+        self.ids, self.sequences = ids, [None]
+
+    def add(self, ids, config, stop=None):
+        self.sequences[0] = types.SimpleNamespace(n_left=config.max_new_tokens, at=0)
+        return 0
+
+    def step(self):
+        time.sleep(0.002)
+        sequence = self.sequences[0]
+        new = self.ids[sequence.at % len(self.ids)]
+        sequence.at, sequence.n_left = sequence.at + 1, sequence.n_left - 1
+        return {0: new}
+
+    def remove(self, row):
+        self.sequences[row] = None
+
+
+class Bytes:
+    """A tokenizer of bytes."""
+
+    special_tokens = types.MappingProxyType({})
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def decode(self, ids):
+        return bytes(ids).decode(errors="replace")
+
+
+def scripted(server, text):
+    """Let a model of a server say a text over and over."""
+    model = server.models["v6_amp_ddp"]
+    model.engine, model.tokenizer = Scripted(list(text.encode())), Bytes()
+    return dict(model="v6_amp_ddp", prompt="x")
+
+
+def test_half_characters_and_half_stops_are_held_back(start):
+    server = start()
+    asked = scripted(server, "né 界🙂 END of it ")
+    whole = server.openai.completions.create(**asked, max_tokens=11).choices[0].text
+    assert whole == "né 界🙂"
+    for n in range(1, 20):
+        chunks = server.openai.completions.create(**asked, max_tokens=n, stream=True)
+        pieces = [chunk.choices[0].text for chunk in chunks]
+        assert "\ufffd" not in "".join(pieces[:-2]) and "".join(pieces).startswith(
+            "né 界🙂"[: max(1, n // 4)][:1]
+        )
+    found = server.openai.completions.create(**asked, max_tokens=60, stop=["END", "zzz"])
+    assert found.choices[0].text == "né 界🙂 " and found.choices[0].finish_reason == "stop"
+    chunks = list(
+        server.openai.completions.create(
+            **asked, max_tokens=60, stop=[" END of it né 界🙃", "it"], stream=True
+        )
+    )
+    assert "".join(chunk.choices[0].text for chunk in chunks) == "né 界🙂 END of "
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    found = server.openai.completions.create(**asked, max_tokens=13, stop="END")
+    assert found.choices[0].text == "né 界🙂 E" and found.choices[0].finish_reason == "length"
+
+
+# ----------------------------------------------- limits -----------------------------------------------
+
+
+def test_a_full_queue_answers_429_and_goes_on(start):
+    server = start(max_waiting=3)
+    asked = scripted(server, "abc") | {"max_tokens": 200}
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda _: server.http.post("/v1/completions", json=asked), range(12)))
+    codes = [answer.status_code for answer in answers]
+    assert codes.count(200) >= 4 and codes.count(429) >= 1 and set(codes) == {200, 429}
+    full = next(answer for answer in answers if answer.status_code == 429)
+    assert full.headers["retry-after"] == "1" and full.json()["error"]["code"] == "overloaded"
+    assert {len(answer.json()["choices"][0]["text"]) for answer in answers if answer.status_code == 200} == {
+        200
+    }
+    assert server.http.post("/v1/completions", json=asked).status_code == 200
+
+
+def test_a_client_that_leaves_frees_its_place(start):
+    server = start(max_tokens=100_000)
+    asked = scripted(server, "abc") | {"max_tokens": 100_000}
+    model = server.models["v6_amp_ddp"]
+    for stream in (True, False):
+        with contextlib.suppress(httpx.ReadTimeout), httpx.Client(base_url=server.url, timeout=1.0) as client:
+            with client.stream("POST", "/v1/completions", json=asked | {"stream": stream}) as answer:
+                for i, _ in enumerate(answer.iter_raw()):
+                    if i > 3:
+                        break
+        start_time = time.monotonic()
+        while model.n_working and time.monotonic() - start_time < 10:
+            time.sleep(0.05)
+        assert not model.n_working and model.engine.sequences == [None]
+    assert server.http.post("/v1/completions", json=asked | {"max_tokens": 5}).status_code == 200
+
+
+def test_a_request_ends_after_max_seconds(start):
+    server = start(max_seconds=0.2, max_tokens=100_000)
+    asked = scripted(server, "abc") | {"max_tokens": 100_000}
+    begin = time.monotonic()
+    found = server.openai.completions.create(**asked)
+    assert time.monotonic() - begin < 5 and found.choices[0].finish_reason == "length"
+    assert 10 < found.usage.completion_tokens < 1000
+
+
+def test_a_bug_in_a_model_is_told_and_the_server_goes_on(start, capfd):
+    server = start()
+    asked = scripted(server, "abc")
+    model = server.models["v6_amp_ddp"]
+    step, model.engine.step = model.engine.step, lambda: 1 / 0
+    answer = server.http.post("/v1/completions", json=asked)
+    assert answer.status_code == 500 and "the model has failed" in answer.json()["error"]["message"]
+    streamed = server.http.post("/v1/completions", json=asked | {"stream": True}).text
+    assert "the model has failed" in streamed and streamed.endswith("data: [DONE]\n\n")
+    model.engine.step = step
+    assert server.http.post("/v1/completions", json=asked).status_code == 200
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_hosts_keys_and_sizes_are_looked_at_first(start, monkeypatch):
+    monkeypatch.setattr(serve, "KEY", "secret")
+    server = start(names="ladder.example", max_body=500)
+    for path in ("/health", "/metrics", "/v1/models", "/nothing"):
+        assert server.http.get(path).status_code == 401
+        assert server.http.get(path, headers={"authorization": "Bearer wrong"}).status_code == 401
+    key = {"authorization": "Bearer secret"}
+    assert server.http.get("/health", headers=key).json()["status"] == "ok"
+    assert [model.id for model in server.openai.models.list()] == sorted(serve.RUNGS)
+    for host, code in {
+        "evil.example": 421,
+        "localhost:1": 200,
+        "ladder.example": 200,
+        "[::1]:80": 200,
+    }.items():
+        assert server.http.get("/health", headers=key | {"host": host}).status_code == code
+    big = json.dumps({"model": "v0_bigram", "prompt": "a" * 600})
+    json_type = {"content-type": "application/json"}
+    assert server.http.post("/v1/completions", content=big, headers=key | json_type).status_code == 413
+    pieces = (big[i : i + 100].encode() for i in range(0, len(big), 100))  # without a length
+    assert server.http.post("/v1/completions", content=pieces, headers=key | json_type).status_code == 413
+
+
+def test_health_metrics_and_models(running):
+    before = running.http.get("/metrics").text
+    running.openai.completions.create(model="v0_bigram", prompt="ROMEO", max_tokens=7)
+    after = running.http.get("/metrics").text
+
+    def value(text, name):
+        return sum(float(line.split()[1]) for line in text.splitlines() if line.startswith(name))
+
+    for name, more in {"tokens_total": 7, "prompt_tokens_total": 5, "first_token_seconds_count": 1}.items():
+        label = f'{name}{{model="v0_bigram"}}'
+        assert value(after, label) == value(before, label) + more
+    assert value(after, 'requests_total{route="/v1/completions",status="200"}') >= 1
+    assert running.http.get("/health").json() == {"status": "ok", "models": len(serve.RUNGS)}
+    found = running.openai.models.retrieve("v8_lora")
+    assert found.object == "model" and found.owned_by == "v8_lora"
+    assert {model.id for model in running.openai.models.list()} == set(serve.RUNGS)
+
+
+# --------------------------------------------- bad requests ---------------------------------------------
+
+GOOD = {"model": "v6_amp_ddp", "prompt": "ROMEO", "max_tokens": 2}
+CHAT = {"model": "v8_lora", "messages": [{"role": "user", "content": "Who?"}], "max_tokens": 2}
+WRONG = [None, True, -1, 0, 1.5, 10**30, "x", "", [], {}, [1], ["x", 3], {"a": 1}, [None], [[]], "\ud800"]
+
+
+def bad_bodies():
+    """Bodies of which each is wrong in one place."""
+    nothing = ("n", "top_p", "echo", "best_of", "logprobs", "max_tokens", "max_completion_tokens")
+    allowed = {name: (None,) for name in (*nothing, "top_logprobs")}  # of WRONG, what these may be
+    allowed |= dict.fromkeys(("model", "messages", "unknown", "tools"), ())
+    allowed |= {"prompt": ("x", ""), "stream": (True,), "temperature": (None, 0, 1.5), "seed": (None, 0)}
+    allowed |= {"stop": (None, "x", []), "user": (None, "x", ""), "suffix": (None, "")}
+    allowed |= {"presence_penalty": (None, 0), "frequency_penalty": (None, 0)}
+    allowed |= dict.fromkeys(("logit_bias", "stream_options", "response_format"), (None, {}))
+    chat_only = ("messages", "max_completion_tokens", "top_logprobs", "response_format")
+    for name, fine in allowed.items():
+        for value in WRONG:
+            if (
+                not any(value is x or (value == x and type(value) is type(x)) for x in fine)
+                and value != "\ud800"
+            ):
+                route, good = ("chat/completions", CHAT) if name in chat_only else ("completions", GOOD)
+                yield route, good | {name: value}
+    for message in ({}, {"role": "user"}, {"role": "king", "content": "a"}, {"role": "user", "content": 3}):
+        yield "chat/completions", CHAT | {"messages": [message]}
+    yield "chat/completions", CHAT | {"messages": [{"role": "assistant", "content": "a"}]}
+    yield "chat/completions", CHAT | {"model": "v6_amp_ddp"}
+    yield "chat/completions", CHAT | {"max_completion_tokens": 3}
+    yield (
+        "chat/completions",
+        CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "a"}]}]},
+    )
+    yield "chat/completions", CHAT | {"messages": [{"role": "user", "content": "a" * 30_000}]}
+    yield "chat/completions", CHAT | {"messages": [{"role": "user", "content": "a " * 5_000}]}
+    yield "completions", GOOD | {"prompt": "a" * 30_000}
+    yield "completions", GOOD | {"prompt": "日本"}
+    yield "completions", GOOD | {"max_tokens": 201}
+    yield "completions", GOOD | {"stop": ["a"] * 5}
+    yield "completions", GOOD | {"stop": [""]}
+    for model in (
+        "../v6_amp_ddp",
+        "v6_amp_ddp/",
+        "cut",
+        "other",
+        "/etc/passwd",
+        "v6_amp_ddp\0",
+        "os",
+        "x" * 5000,
+    ):
+        yield "completions", GOOD | {"model": model}
+
+
+def test_bad_requests_are_refused_in_openais_form_and_harm_nothing(running):
+    cases, codes = list(bad_bodies()), set()
+    assert len(cases) >= 200
+    for route, body in cases:
+        answer = running.http.post(f"/v1/{route}", json=body)
+        assert 400 <= answer.status_code < 500, (body, answer.text)
+        told = answer.json()["error"]
+        assert told.keys() == {"message", "type", "param", "code"} and told["message"], body
+        codes.add(answer.status_code)
+    assert codes == {400, 404}
+    assert running.http.post("/v1/completions", json=GOOD).status_code == 200
+    assert running.http.post("/v1/chat/completions", json=CHAT).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(
+            b"",
+            b"{",
+            b"[]",
+            b"null",
+            b"3",
+            b'"x"',
+            b"\xff\xfe",
+            b"\x00",
+            b'{"model": "v6_amp_ddp"',
+            b"{}" * 3,
+        ),
+        *(b'{"model": "v6_amp_ddp", "prompt": "\\ud800"}', b"[" * 100_000, b'{"a": NaN}'),
+    ],
+)
+@pytest.mark.parametrize("kind", ["application/json", "text/plain", "application/x-www-form-urlencoded", ""])
+def test_bodies_that_are_no_request(content, kind, running):
+    answer = running.http.post("/v1/completions", content=content, headers={"content-type": kind})
+    assert 400 <= answer.status_code < 500, answer.text
+    assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/v1/completions"), ("GET", "/nothing"), ("POST", "/health"), ("PUT", "/v1/models")],
+)
+def test_other_routes_and_methods(method, path, running):
+    answer = running.http.request(method, path)
+    assert answer.status_code in (404, 405) and answer.json()["error"]["message"]
+
+
+# ------------------------------------------- the command line -------------------------------------------
+
+
+def test_models_that_cannot_be_served_are_left_out_with_a_note(runs, capsys):
+    models = serve.find_models(serve.Config(runs=str(runs)))
+    told = capsys.readouterr().err
+    assert set(models) == set(serve.RUNGS)
+    assert "cut is not served" in told and "other is not served: it was saved by antigravity" in told
+    assert "antigravity" not in sys.modules
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_weights_can_be_served_in_fewer_bits(kind, tmp_path):
+    torch.manual_seed(0)
+    model = save_model(tmp_path / "model")
+    served = serve.Served("model", tmp_path / "model", serve.Config(quantize=kind))
+    assert any(name.endswith(".codes") for name in served.engine.model.state_dict())
+    idx = torch.tensor([served.encode("Good morrow")])
+    with torch.no_grad():
+        expected, found = model.eval()(idx), served.engine.model(idx)
+    assert 0 < (expected - found).abs().max() < 0.2 * expected.abs().max()
+
+
+def test_where_there_is_no_model_three_are_trained_first(tmp_path, monkeypatch):
+    calls = []
+
+    def train(command):
+        calls.append(command)
+        if "v3_gpt" in str(command[1]):
+            save_model(tmp_path / "empty" / "v8_lora")
+        return types.SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr("subprocess.run", train)
+    monkeypatch.setattr(uvicorn, "run", lambda app, **settings: calls.append(settings))
+    process = run_here("serve", "--runs=empty", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert [call[1].name for call in calls[:3]] == ["v0_bigram.py", "v1_mlp.py", "v3_gpt.py"]
+    assert calls[3]["host"] == "127.0.0.1" and "serves 1 models" in process.stdout
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("port=0", "--port 0"),
+        ("quantize=int2", "no --quantize int2"),
+        ("n_rows=-1", "--n_rows -1"),
+        ("x=1", "--x"),
+    ],
+)
+def test_bad_flags_are_refused(flag, words, tmp_path):
+    refused(run_here("serve", f"--{flag}", cwd=tmp_path), words)
+
+
+def test_serve_holds_no_model_code():
+    text = (serve.Path(serve.__file__)).read_text(encoding="utf-8")
+    assert "nn." not in text and "backward" not in text
