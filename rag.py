@@ -269,7 +269,7 @@ def normalised(x):
 class HiddenStates:
     """The mean of a language model's own hidden states over the tokens of a text, less that of all texts."""
 
-    threshold, reads_names = 0.5, False  # a name would stand out in a mean of few words
+    threshold, reads_names = 0.87, False  # a name would stand out in a mean of few words
 
     def __init__(self, reader):
         self.reader, self.n_dims = reader, reader.config.n_embd

@@ -7,10 +7,10 @@ simulated, by a function that likes kind words and dislikes cruel ones.
 
 Since v8_lora.py
   added:    CRUEL, JUDGING, KIND, PAIR, Prompt, ROLLOUTS, WithHead, advantages, annotate, clipped_loss,
-            dpo_loss, encode_pairs, encode_replies, end_of, exact_kl, judge_folder, judge_pairs, load_judge,
-            load_pairs, load_prompts, log_probs, make_draw, make_prompts, policy_loss, preference_loss,
-            read_preferences, reward_loss, sample, score, to_prompts, true_reward, value_loss, whiten,
-            without_adapters
+            dpo_loss, encode_pairs, encode_replies, end_of, exact_kl, group_advantages, judge_folder,
+            judge_pairs, load_judge, load_pairs, load_prompts, log_probs, make_draw, make_prompts,
+            policy_loss, preference_loss, read_preferences, reward_loss, sample, score, to_prompts,
+            true_reward, value_loss, whiten, without_adapters
   changed:  Config, KVCache, LoRALinear, MAY_CHANGE, METHODS, SAMPLING, TRAINING, adapt, answer, find_base,
             generate, get_batch, keep_finished, load_checkpoint, main, make_optimizer, measure, parse_flags,
             refuse_idle, report, sample_next, save_report, train
