@@ -315,9 +315,9 @@ def percent(share):
 def retrieval_table(week):
     """Recall by embedder."""
     rows = []
-    for name, m in week["retrieval"].items():
-        if isinstance(m, dict):
-            rows.append([name, *(percent(m[f"recall_{k}"]) for k in (1, 5, 20))])
+    found = [(name, m) for name, m in week["retrieval"].items() if isinstance(m, dict)]
+    for name, m in sorted(found, key=lambda x: -x[1]["recall_1"]):
+        rows.append([name, *(percent(m[f"recall_{k}"]) for k in (1, 5, 20))])
     return table(["", "first", "among 5", "among 20"], rows)
 
 
