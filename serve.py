@@ -256,7 +256,10 @@ def find_models(config):
 # -------------------------------------------- requests --------------------------------------------
 
 Text = Annotated[str, Field(max_length=100_000)]
-Neutral = Literal[0, 0.0, None]  # of what is not supported, the value that changes nothing
+# Of what is not supported, the values that change nothing.
+Zero = Annotated[float | None, Field(ge=0, le=0)]
+One = Annotated[int | None, Field(ge=1, le=1)]
+No = Annotated[bool | None, Field(le=False)]
 
 
 class Asked(BaseModel):
@@ -273,17 +276,17 @@ class Asked(BaseModel):
     seed: int | None = Field(None, ge=0, lt=2**31)
     stop: Text | list[Text] | None = Field(None)
     user: Text | None = None  # who asks: taken in, of no use here
-    presence_penalty: Neutral = 0
-    frequency_penalty: Neutral = 0
-    logit_bias: dict[str, Neutral] | None = None
+    presence_penalty: Zero = 0
+    frequency_penalty: Zero = 0
+    logit_bias: dict[str, Zero] | None = None
 
 
 class Completion(Asked):
     """The body of POST /v1/completions."""
 
     prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=16)]
-    echo: Literal[False, None] = False
-    best_of: Literal[1, None] = None
+    echo: No = False
+    best_of: One = None
     suffix: Literal["", None] = None
     logprobs: None = None
 
@@ -316,7 +319,7 @@ class ChatCompletion(Asked):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
     max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: Literal[False, None] = False
+    logprobs: No = False
     top_logprobs: None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
 
