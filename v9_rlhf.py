@@ -90,7 +90,7 @@ class Config:
     reward_batch: int = 16  # pairs in such a step
     reward_rate: float = 0.0005  # their peak step size
     n_best: int = 16  # replies among which best_of_n chooses
-    kl_coef: float = 0.3  # price of a nat of KL from the base, in standard deviations of the reward
+    kl_coef: float = 0.4  # price of a nat of KL from the base, in standard deviations of the reward
     dpo_beta: float = 0.1  # how strongly dpo is held to the base
     clip_range: float = 0.2  # how far a ratio of probabilities may move from 1 before it stops to count
     gae_lambda: float = 0.95  # how far a reward reaches back: 0 one token, 1 all of the reply
