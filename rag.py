@@ -31,7 +31,11 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends the program, also while torch loads
 
 import torch  # isort: skip, before faiss: in the other order some macOS crash
-import faiss  # isort: skip
+
+try:
+    import faiss  # isort: skip
+except ImportError:
+    sys.exit("error: rag.py needs faiss, so once: pip install -r requirements-serve.txt")
 import numpy as np
 from tqdm import tqdm
 
@@ -549,7 +553,7 @@ def find_model(config):
         return config.model
     if not (folder / "metrics.json").exists():
         resume = ["--resume"] * (folder / "checkpoint.pt").exists()
-        time = "some five minutes on two cores, or nine if there is no model of v6 either"
+        time = "some four minutes on two cores, or seven if there is no model of v6 either"
         print(f"there is no model that answers yet: runs v8_lora.py first, {time}", flush=True)
         if subprocess.run([sys.executable, Path(__file__).with_name("v8_lora.py"), *resume]).returncode:
             sys.exit("error: v8_lora.py has failed; name a trained model: --model FOLDER")

@@ -1,4 +1,4 @@
-"""serve.py, week 12: every trained rung behind an API that OpenAI's clients speak.
+"""serve.py, week 12: every trained rung behind an API that OpenAI's clients speak, and a page to play with.
 
 A server adds nothing to what a model computes. It takes requests as they come, lets those of one model share
 each pass (continuous batching, Yu et al. 2022), sends each token as soon as it is drawn, and says no in time.
@@ -23,18 +23,26 @@ import time
 import uuid
 from collections import deque
 from dataclasses import dataclass, fields
+from html import escape
 from pathlib import Path
 from typing import Annotated, Literal
 
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nobody is told that this runs
+
+import gradio as gr
+import matplotlib.pyplot as plt
 import prometheus_client
 import torch
+import torch.nn.functional as F
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
+from torch.overrides import TorchFunctionMode
 
+import rag
 import v7_quantize as v7
 import v8_lora as v8
 from bpe_tokenizer import TokenizerError
@@ -163,6 +171,7 @@ class Served:
             checkpoint, own = rung.load_checkpoint("sample", {"out_dir": str(folder)})
             model = rung.LanguageModel(own, len(v8.make_tokenizer(checkpoint["vocab"]).vocab)).to(device)
             rung.load_weights(model, checkpoint["model"])
+        self.model, self.folder = model.eval(), folder
         self.tokenizer, self.window = v8.make_tokenizer(checkpoint["vocab"]), own.block_size
         batched = self.version in BATCHED
         self.engine = v8.Engine(model, config.n_rows) if batched else OneByOne(model, own.block_size)
@@ -415,8 +424,8 @@ def error(message, status=400, code="invalid_request_error", param=None, headers
 class Guard:
     """Looks at each request first: host name, key, size. count(path, status) is told how it ended."""
 
-    def __init__(self, app, config, count):
-        self.app, self.config, self.count = app, config, count
+    def __init__(self, api, page, config, count):
+        self.api, self.page, self.config, self.count = api, page, config, count
         known = {"localhost", "127.0.0.1", "[::1]", *config.names.split(",")} - {""}
         self.hosts = known | ({config.host} - {"0.0.0.0", "::"})
 
@@ -425,7 +434,7 @@ class Guard:
         if scope["type"] != "http":
             if scope["type"] == "websocket" and self.refusal(dict(scope["headers"])):
                 return
-            return await self.app(scope, receive, send)
+            return await self.page(scope, receive, send)
         size = 0
 
         async def counted(message):
@@ -444,7 +453,8 @@ class Guard:
                 raise HTTPException(413, f"a request has at most {self.config.max_body:,} bytes")
             return message
 
-        await self.app(scope, limited, counted)
+        is_api = re.match("/(v1|health|metrics)(/|$)", scope["path"])
+        await (self.api if is_api else self.page)(scope, limited, counted)
 
     def refusal(self, headers):
         """What to answer to a request with these headers, None if it may go on."""
@@ -647,7 +657,308 @@ def make_app(models, config):
             events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
         )
 
-    return Guard(app, config, count)
+    page = make_page(models)
+    fonts = [gr.themes.Font("system-ui"), "sans-serif"]  # no font from elsewhere
+    theme = gr.themes.Default(font=fonts, font_mono=[gr.themes.Font("ui-monospace"), "monospace"])
+    settings = {"theme": theme, "css": CSS, "footer_links": [], "ssr_mode": False}
+    page_app = gr.mount_gradio_app(FastAPI(), page, path="/", **settings)
+    return Guard(app, page_app, config, count)
+
+
+# ------------------------------------------- playground -------------------------------------------
+
+CSS = """
+.card textarea { font-family: ui-monospace, monospace; font-size: 0.85rem; }
+.bars { width: 100%; border-collapse: collapse; font-family: ui-monospace, monospace; }
+.bars td { padding: 1px 6px; white-space: pre; }
+.bars td:last-child { width: 99%; }
+.bars div { background: var(--color-accent); height: 1em; min-width: 1px; }
+.passage { border-left: 3px solid var(--border-color-primary); padding-left: 0.8em; white-space: pre-wrap; }
+.passage { margin: 0.7em 0; }
+.passage.read { border-color: var(--color-accent); }
+"""
+
+
+def label(model):
+    """What stands above a model's text."""
+    bits = model.metrics.get("bits_per_char")
+    told = f", {bits:.2f} bits a character" if isinstance(bits, float) else ""
+    return f"{model.name}: {model.params:,} parameters{told}"
+
+
+async def continuations(wanted):
+    """Go on with several texts at once, {key: (model, ids, Config, stop)}: yields {key: (text, is_done)}."""
+    loop, jobs, writers, found = asyncio.get_running_loop(), {}, {}, {}
+    start = time.monotonic()
+    try:
+        for key, (model, ids, config, stop) in wanted.items():
+            job = Job(ids, config, stop, loop)
+            try:
+                model.submit([job])
+            except Refused as reason:
+                found[key] = f"({reason})", True
+                continue
+            jobs[key], writers[key], found[key] = job, Writer(model.tokenizer, []), ("", False)
+        while going := [key for key, (_, is_done) in found.items() if not is_done]:
+            await asyncio.sleep(0.05)
+            for key in going:
+                text, is_done = found[key]
+                while not jobs[key].new.empty() and not is_done:
+                    new = jobs[key].new.get_nowait()
+                    if isinstance(new, Exception):
+                        text, is_done = "(the model has failed)", True
+                    else:
+                        text, is_done = text + writers[key].add(new), new is None
+                found[key] = text, is_done
+            seconds = time.monotonic() - start
+            yield found, {key: len(writer.ids) / seconds for key, writer in writers.items()}
+    finally:
+        for job in jobs.values():
+            job.gone = True
+
+
+def drawing(temperature, top_k, top_p, seed, n):
+    """The Config of what the page's sliders say."""
+    settings = {"seed": int(seed or 0) % 2**31, "max_new_tokens": int(n)}
+    if temperature == 0:
+        return v8.Config(greedy=True, **settings)
+    return v8.Config(temperature=temperature, top_k=int(top_k), top_p=top_p, **settings)
+
+
+class Watch(TorchFunctionMode):
+    """Keeps the attention weights of each layer while a model reads: (n_head, T, T)."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            q, k = args[0][0], args[1][0]  # (n_head, T, head_size)
+            scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+            if (mask := kwargs.get("attn_mask")) is not None and mask.dtype != torch.bool:
+                scores = scores + mask
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+            self.layers.append(scores.masked_fill(later, -torch.inf).softmax(dim=-1))
+        return function(*args, **kwargs)
+
+
+@torch.inference_mode()
+def read(model, prompt, watch=False):
+    """The logits (V,) that follow a prompt, its ids, and what the heads of each layer attend to."""
+    ids = model.encode(prompt)[-model.window :]
+    idx = torch.tensor([ids], device=next(model.model.parameters()).device)
+    with Watch() as watched:
+        logits = model.model(idx)[0, -1]
+    layers = watched.layers
+    if watch and model.version == "v2_attention":
+        x = model.model.embed(idx)
+        layers = [torch.cat([head.weights(x) for head in model.model.attention.heads])]
+    return logits, ids, layers
+
+
+def shown(text):
+    """A token as one can see it."""
+    return ascii(text)[1:-1] if not text.isprintable() else text.replace(" ", "\u2423")
+
+
+def next_tokens(model, prompt, temperature, top_k, top_p, n=12):
+    """The n likeliest next tokens: [(id, text, probability before, probability that is drawn with)]."""
+    logits, _, _ = read(model, prompt)
+    before = logits.softmax(dim=-1)
+    values, order = logits.sort(descending=True)
+    drawn = torch.zeros_like(values)
+    if temperature == 0:
+        drawn[0] = 1
+    else:
+        drawn = ((values - values[0]) / temperature).softmax(dim=-1)
+        if top_k:
+            drawn[int(top_k) :] = 0
+        if top_p < 1:
+            drawn = drawn / drawn.sum()
+            drawn[drawn.cumsum(dim=0) - drawn >= top_p] = 0
+        drawn = drawn / drawn.sum()
+    ids = order[:n].tolist()
+    return [(i, model.tokenizer.decode([i]), before[i].item(), drawn[j].item()) for j, i in enumerate(ids)]
+
+
+def bars(rows):
+    """next_tokens as a table of bars."""
+    lines = [
+        f"<tr><td>{escape(shown(text))}</td><td>{after:7.2%}</td>"
+        f"<td><div style='width:{100 * after:.2f}%'></div></td></tr>"
+        for _, text, _, after in rows
+    ]
+    return f"<table class='bars' aria-label='next tokens and their probabilities'>{''.join(lines)}</table>"
+
+
+def draw_attention(model, prompt, layer, head):
+    """A heat map of who reads from whom in one head."""
+    _, ids, layers = read(model, prompt, watch=True)
+    fig, ax = plt.subplots(figsize=(6, 6), layout="constrained")
+    if not layers:
+        ax.text(0.5, 0.5, f"{model.name} has no attention", ha="center")
+        ax.axis("off")
+    else:
+        layer, head = min(int(layer), len(layers)) - 1, min(int(head), len(layers[0])) - 1
+        n = min(len(ids), 40)
+        labels = [shown(model.tokenizer.decode([i])) for i in ids[-n:]]
+        ax.imshow(layers[layer][head, -n:, -n:].cpu(), cmap="Blues", vmin=0, vmax=1)
+        ax.set(title=f"layer {layer + 1}, head {head + 1}", xlabel="reads from", ylabel="reader")
+        ax.set_xticks(range(n), labels, rotation=90)
+        ax.set_yticks(range(n), labels)
+    plt.close(fig)
+    return fig
+
+
+def make_page(models):
+    """The playground: all rungs side by side, the next token, a conversation, questions about passages."""
+    names, chatting = list(models), [name for name in models if models[name].chats]
+    with gr.Blocks(title="The ladder", analytics_enabled=False) as page:
+        gr.Markdown("# The ladder\nOne prompt, every rung.")
+        with gr.Tab("Ladder"):
+            prompt = gr.Textbox("ROMEO:\n", label="Prompt", lines=3, max_length=20_000)
+            with gr.Row():
+                n = gr.Slider(10, 300, 100, step=10, label="tokens")
+                temperature = gr.Slider(0, 2, 0.8, step=0.1, label="temperature (0: the likeliest)")
+                seed = gr.Number(1, label="seed", precision=0)
+            go = gr.Button("Continue", variant="primary")
+            with gr.Row():
+                cards = [
+                    gr.Textbox(
+                        label=label(models[name]), lines=8, max_lines=8, min_width=300, elem_classes="card"
+                    )
+                    for name in names
+                ]
+
+            async def climb(prompt, n, temperature, seed):
+                config, wanted, texts = drawing(temperature, 0, 1.0, seed, n), {}, {}
+                for name in names:
+                    try:
+                        wanted[name] = models[name], models[name].encode(prompt), config, models[name].end
+                    except Refused as reason:
+                        texts[name] = f"({reason})"
+                async for found, speed in continuations(wanted):
+                    for name, (text, is_done) in found.items():
+                        rate = f"\n\n[{speed.get(name, 0):.0f} tokens/s]" if is_done and name in speed else ""
+                        texts[name] = prompt + text + rate
+                    yield [texts.get(name, "") for name in names]
+                yield [texts.get(name, "") for name in names]
+
+            inputs = [prompt, n, temperature, seed]
+            gr.on(
+                [go.click, prompt.submit], climb, inputs, cards, concurrency_limit=8, api_visibility="private"
+            )
+
+        with gr.Tab("Next token"):
+            with gr.Row():
+                which = gr.Dropdown(names, value=names[-1], label="model")
+                heat = gr.Slider(0, 2, 1.0, step=0.1, label="temperature")
+                k = gr.Slider(0, 50, 0, step=1, label="top-k (0: all)")
+                p = gr.Slider(0.05, 1, 1.0, step=0.05, label="top-p")
+            text = gr.Textbox("ROMEO:\nI", label="Prompt", lines=3, max_length=20_000)
+            chart = gr.HTML()
+            choice = gr.Radio([], label="choose the next token")
+            with gr.Row():
+                layer = gr.Number(1, label="layer", precision=0, minimum=1)
+                head = gr.Number(1, label="head", precision=0, minimum=1)
+            picture = gr.Plot(label="attention")
+
+            def look(name, prompt, temperature, top_k, top_p, layer, head):
+                try:
+                    rows = next_tokens(models[name], prompt, temperature, top_k, top_p)
+                    options = [(f"{shown(text)}  {after:.1%}", text) for _, text, _, after in rows if after]
+                    figure = draw_attention(models[name], prompt, layer, head)
+                except Refused as reason:
+                    return f"<p>{escape(str(reason))}</p>", gr.Radio(choices=[], value=None), None
+                return bars(rows), gr.Radio(choices=options, value=None), figure
+
+            inputs, outputs = [which, text, heat, k, p, layer, head], [chart, choice, picture]
+            events = [page.load, *(part.change for part in inputs)]
+            gr.on(events, look, inputs, outputs, show_progress="hidden", api_visibility="private")
+            choice.input(lambda text, new: text + (new or ""), [text, choice], text, api_visibility="private")
+
+        with gr.Tab("Chat"):
+            if not chatting:
+                gr.Markdown("No model has learned to answer yet: `python v8_lora.py` teaches one.")
+            said = gr.Textbox(
+                label="You", placeholder="Good morrow, cousin. Answer as ROMEO.", max_length=2000
+            )
+            with gr.Row():
+                boxes = [
+                    gr.Chatbot(label=label(models[name]), height=400, min_width=300) for name in chatting
+                ]
+            clear = gr.Button("Begin anew")
+
+            async def talk(said, *histories):
+                asked = [[*history, {"role": "user", "content": said}] for history in histories]
+                wanted = {}
+                for i, name in enumerate(chatting):
+                    turns = [(turn["role"], plain(turn["content"])) for turn in asked[i]]
+                    try:
+                        ids = models[name].encode_turns(turns)
+                        wanted[i] = models[name], ids, drawing(0.7, 0, 1.0, 1, 100), models[name].end
+                    except Refused as reason:
+                        asked[i].append({"role": "assistant", "content": f"({reason})"})
+                async for found, _ in continuations(wanted):
+                    answers = [
+                        [*history, {"role": "assistant", "content": found[i][0]}] if i in found else history
+                        for i, history in enumerate(asked)
+                    ]
+                    yield ["", *answers]
+
+            if chatting:
+                said.submit(
+                    talk, [said, *boxes], [said, *boxes], concurrency_limit=8, api_visibility="private"
+                )
+                clear.click(lambda: [[] for _ in boxes], None, boxes, api_visibility="private")
+
+        with gr.Tab("Ask"):
+            question = gr.Textbox(label="Question", value="Who says: Asses are made to bear", max_length=2000)
+            passages, answer = gr.HTML(), gr.Textbox(label="Answer")
+            if chatting:
+                find = finder(models[chatting[0]])
+                question.submit(
+                    find, question, [passages, answer], concurrency_limit=1, api_visibility="private"
+                )
+            else:
+                gr.Markdown("No model has learned to answer yet: `python v8_lora.py` teaches one.")
+    return page
+
+
+def plain(content):
+    """The text of what a Chatbot holds."""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def finder(model):
+    """A function from a question to its passages as HTML and the answer; the index is opened at the first."""
+    opened = []
+
+    def find(question):
+        try:
+            if not re.search(r"\w", question):
+                raise Refused("the question is empty")
+            if not opened:
+                settings = rag.Config(model=str(model.folder))
+                library = rag.Library(settings, rag.HashedWords()).open(rag.read_texts(settings))
+                opened.extend([library, rag.Reader(settings)])
+            library, reader = opened
+            found = library.search(question, 3)
+            if found[0][0] < library.embedder.threshold:
+                return "", f"nothing found: the best passage scores {found[0][0]:.2f}"
+            prompt, _ = reader.prompt(question, [found[0][1]])
+            parts = [
+                f"<div class='passage{' read' * (i == 0)}'><b>{score:.2f}</b> {escape(p.place)}\n"
+                f"{escape(p.shown)}</div>"
+                for i, (score, p) in enumerate(found)
+            ]
+            return "".join(parts), reader.answer([prompt])[0]
+        except (Refused, SystemExit, TokenizerError) as reason:
+            return "", f"({str(reason).removeprefix('error: ')})"
+
+    return find
 
 
 # ---------------------------------------------- main ----------------------------------------------
@@ -677,7 +988,8 @@ def main():
         sys.exit(f"error: no model in {config.runs} can be served")
     for name, model in models.items():
         print(f"{name:>20} {model.version}, {model.params:,} parameters")
-    print(f"serves {len(models)} models at http://{config.host}:{config.port}/v1", flush=True)
+    address = f"http://{config.host}:{config.port}"
+    print(f"serves {len(models)} models: the page {address}, the API {address}/v1", flush=True)
     uvicorn.run(make_app(models, config), host=config.host, port=config.port, log_level="warning")
 
 

@@ -66,7 +66,7 @@ TRAINING += ("dropout", "beta2", "weight_decay", "precision")
 MODEL = ("tokenizer", "vocab_size", "block_size", "n_embd", "n_head", "n_layer", "init_std", "position")
 METHODS = ("full", "lora", "qlora")
 # Fields that a flag may change when a saved model is loaded; all others stay as they were in its training.
-MAY_CHANGE = {"evaluate": ("device",), "sample": SAMPLING, "chat": SAMPLING}
+MAY_CHANGE = {"evaluate": ("device",), "sample": SAMPLING, "chat": tuple({*SAMPLING} - {"prompt"})}
 MAY_CHANGE["resume"] = (*SAMPLING, *TRAINING, "base")
 LONGEST = 150  # characters of a speech that an example is made from: long ones take long and teach the same
 SPECIAL_TOKENS = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|context|>")
@@ -1280,7 +1280,7 @@ def answer(model, turns, tokenizer, config):
 def chat(model, tokenizer, config):
     """A conversation in the terminal, until an empty line or the end of the input."""
     turns = [("context", config.context.replace("\\n", "\n"))] if config.context else []
-    print("an empty line ends the conversation")
+    print("type as for --prompt, \\n is a new line; an empty line ends the conversation")
     while True:
         try:
             text = input("> ").strip()

@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import json
+import math
+import re
 import socket
 import sys
 import threading
@@ -10,6 +12,7 @@ import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from unittest.mock import patch
 
 import httpx
 import openai
@@ -373,6 +376,65 @@ def test_health_metrics_and_models(running):
     assert {model.id for model in running.openai.models.list()} == set(serve.RUNGS)
 
 
+# ------------------------------------------------ page ------------------------------------------------
+
+
+def test_the_page_comes_from_this_server_alone(running):
+    page = running.http.get("/")
+    assert page.status_code == 200 and "The ladder" in page.text
+    assert running.http.get("/nothing").status_code == 404
+    key, serve.KEY = serve.KEY, "secret"
+    try:
+        assert running.http.get("/").status_code == 401
+    finally:
+        serve.KEY = key
+
+
+@pytest.mark.parametrize("name", serve.RUNGS)
+def test_next_tokens_are_the_model_s_and_sum_to_one(name, running):
+    model = running.models[name]
+    n = len(model.tokenizer.vocab)
+    rows = serve.next_tokens(model, "ROMEO:\nG", 1.0, 0, 1.0, n)
+    assert sum(after for *_, after in rows) == pytest.approx(1, abs=1e-4)
+    ids = model.encode("ROMEO:\nG")[-model.window :]
+    with torch.no_grad():
+        expected = model.model(torch.tensor([ids]))[0, -1].softmax(dim=-1)
+    for i, text, before, after in rows:
+        assert before == pytest.approx(expected[i].item(), abs=1e-5) == pytest.approx(after, abs=1e-5)
+        assert text == model.tokenizer.decode([i])
+    cold = serve.next_tokens(model, "ROMEO:\nG", 0, 0, 1.0, n)
+    assert [after for *_, after in cold] == [1.0] + [0.0] * (n - 1)
+    few = serve.next_tokens(model, "ROMEO:\nG", 0.7, 3, 1.0, n)
+    assert sum(after > 0 for *_, after in few) == 3
+    nucleus = serve.next_tokens(model, "ROMEO:\nG", 1.0, 0, 0.5, n)
+    kept = [before for _, _, before, after in nucleus if after > 0]
+    assert sum(kept) >= 0.5 > sum(kept[:-1])
+
+
+@pytest.mark.parametrize("name", serve.RUNGS)
+def test_attention_is_what_the_model_computes(name, running):
+    model = running.models[name]
+    _, ids, layers = serve.read(model, "ROMEO:\nGood", watch=True)
+    if name in ("v0_bigram", "v1_mlp"):
+        assert layers == []
+        return
+    assert len(layers) == (1 if name == "v2_attention" else len(model.model.blocks))
+    for weights in layers:
+        assert weights.shape[1:] == (len(ids), len(ids))
+        assert torch.allclose(weights.sum(dim=-1), torch.ones(weights.shape[:2]), atol=1e-5)
+        assert weights.triu(1).abs().max() == 0
+    if name == "v5_gpt2":  # the first layer, from its own formula
+        idx, seen = torch.tensor([ids]), []
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        with patch.object(torch.nn.functional, "scaled_dot_product_attention") as fused:
+            fused.side_effect = lambda q, k, v, **more: seen.append((q, k)) or sdpa(q, k, v, **more)
+            model.model(idx)
+        q, k = (x[0] for x in seen[0])
+        scores = torch.einsum("htd,hsd->hts", q, k) / math.sqrt(q.shape[-1])
+        for t in range(len(ids)):
+            assert torch.allclose(layers[0][:, t, : t + 1], scores[:, t, : t + 1].softmax(-1), atol=1e-5)
+
+
 # --------------------------------------------- bad requests ---------------------------------------------
 
 GOOD = {"model": "v6_amp_ddp", "prompt": "ROMEO", "max_tokens": 2}
@@ -468,7 +530,7 @@ def test_bodies_that_are_no_request(content, kind, running):
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("GET", "/v1/completions"), ("GET", "/nothing"), ("POST", "/health"), ("PUT", "/v1/models")],
+    [("GET", "/v1/completions"), ("GET", "/v1/nothing"), ("POST", "/health"), ("PUT", "/v1/models")],
 )
 def test_other_routes_and_methods(method, path, running):
     answer = running.http.request(method, path)
@@ -531,4 +593,4 @@ def test_bad_flags_are_refused(flag, words, tmp_path):
 
 def test_serve_holds_no_model_code():
     text = (serve.Path(serve.__file__)).read_text(encoding="utf-8")
-    assert "nn." not in text and "backward" not in text
+    assert not re.search(r"\bnn\.(Module|Linear|Embedding)|backward|optim", text)
