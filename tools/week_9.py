@@ -120,6 +120,10 @@ def mistakes():
 
 
 PASSAGES = {"full": (None, dict(n_passages=3)), "lora": (None, LORA | dict(n_passages=3))}
+READER = dict(base=ROOT / "runs" / "v8_lora", n_passages=3)  # begun from the model that reads one passage
+PASSAGES |= {"full, from the model of one passage": (None, READER)}
+SLOWLY = READER | dict(learning_rate=0.001, max_steps=4500)
+PASSAGES |= {"the same, a third of the step size, 4,500 steps": (None, SLOWLY)}
 
 
 def passages():
@@ -285,7 +289,7 @@ def tables(results):
             "methods": methods_table(week),
             "names": small_table("names in the passages", names),
             "mistakes": mistakes_table(week),
-            "passages": small_table("three passages", week["passages"]),
+            "passages": small_table("three passages", {name: week["passages"][name] for name in PASSAGES}),
             "examples": some_examples(week["examples"]["sample"]),
         }
     }
