@@ -162,6 +162,8 @@ def parse_flags():
         meaning = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
         parser.add_argument(f"--{field.name}", **kind, default=argparse.SUPPRESS, help=meaning)
     flags = vars(parser.parse_args())
+    if flags["mode"] == "chat" and "prompt" in flags:
+        sys.exit("error: --chat asks you for each prompt; leave out --prompt, or take --sample for one reply")
     return flags.pop("mode"), flags
 
 
@@ -1018,14 +1020,14 @@ def make_model(base, checkpoint, config, device):
     return model, plain
 
 
-def bits_per_char(model, val_ids, tokenizer, config):
-    """What a model needs for a character of plain text: how much of it was forgotten."""
+def bits_per_char(loss, val_ids, tokenizer):
+    """A loss on plain text, in nats a token, as bits a character: how much of it was forgotten."""
     # A token may be several characters: as many as it has bytes that begin one. Special tokens are no text.
     pieces = [piece.encode() if isinstance(piece, str) else piece for piece in tokenizer.vocab]
     chars_of = torch.tensor([sum(byte >> 6 != 2 for byte in piece) for piece in pieces])
     chars_of[list(tokenizer.special_tokens.values())] = 0
     n_chars = sum(chars_of[ids.long()].sum().item() for ids in val_ids[1:].split(2**20))
-    return evaluate(model, windows(val_ids, config)) * (len(val_ids) - 1) / n_chars / math.log(2)
+    return loss * (len(val_ids) - 1) / n_chars / math.log(2)
 
 
 def measure(model, tasks, val_ids, tokenizer, config):
@@ -1054,7 +1056,8 @@ def measure(model, tasks, val_ids, tokenizer, config):
     numbers["val_loss"] = evaluate(model, batches(tasks["val"]))
     if examples := encode_examples(tasks["replies"], tokenizer, config):
         numbers["reply_loss"] = evaluate(model, batches(examples))
-    numbers["bits_per_char"] = bits_per_char(model, val_ids, tokenizer, config)
+    loss = evaluate(model, windows(val_ids, config))
+    numbers["bits_per_char"] = bits_per_char(loss, val_ids, tokenizer)
     return numbers, [to_text(ids, tokenizer) for ids in replies]
 
 
@@ -1335,7 +1338,8 @@ def main():
         print(f"fine-tunes the model in {config.base}: --method {config.method}; first its exam", flush=True)
         checkpoint["before"] = measure(plain, tasks, val_ids, tokenizer, config)
         if config.method == "qlora":
-            rounded = bits_per_char(model, val_ids, tokenizer, config)
+            loss = evaluate(model, windows(val_ids, config))
+            rounded = bits_per_char(loss, val_ids, tokenizer)
             was = checkpoint["before"][0]["bits_per_char"]
             print(f"in 4 bits the base needs {rounded:.4f} bits per character, as it was {was:.4f}")
     if training:

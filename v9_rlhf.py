@@ -9,7 +9,7 @@ Since v8_lora.py
   added:    CRUEL, JUDGING, KIND, PAIR, Prompt, ROLLOUTS, WithHead, advantages, annotate, clipped_loss,
             dpo_loss, encode_pairs, encode_replies, end_of, exact_kl, group_advantages, judge_folder,
             judge_pairs, load_judge, load_pairs, load_prompts, log_probs, make_draw, make_prompts,
-            policy_loss, preference_loss, read_preferences, reward_loss, sample, score, to_prompts,
+            policy_loss, preference_loss, read_preferences, reward_loss, sample_replies, score, to_prompts,
             true_reward, value_loss, whiten, without_adapters
   changed:  Config, KVCache, LoRALinear, MAY_CHANGE, METHODS, SAMPLING, TRAINING, adapt, answer, find_base,
             generate, get_batch, keep_finished, load_checkpoint, main, make_optimizer, measure, parse_flags,
@@ -831,14 +831,14 @@ def load_checkpoint(mode, flags, folder):
     return checkpoint, config
 
 
-def bits_per_char(model, val_ids, tokenizer, config):
-    """What a model needs for a character of plain text: how much of it was forgotten."""
+def bits_per_char(loss, val_ids, tokenizer):
+    """A loss on plain text, in nats a token, as bits a character: how much of it was forgotten."""
     # A token may be several characters: as many as it has bytes that begin one. Special tokens are no text.
     pieces = [piece.encode() if isinstance(piece, str) else piece for piece in tokenizer.vocab]
     chars_of = torch.tensor([sum(byte >> 6 != 2 for byte in piece) for piece in pieces])
     chars_of[list(tokenizer.special_tokens.values())] = 0
     n_chars = sum(chars_of[ids.long()].sum().item() for ids in val_ids[1:].split(2**20))
-    return evaluate(model, windows(val_ids, config)) * (len(val_ids) - 1) / n_chars / math.log(2)
+    return loss * (len(val_ids) - 1) / n_chars / math.log(2)
 
 
 # ------------------------------------------- alignment -------------------------------------------
@@ -986,7 +986,7 @@ def end_of(tokenizer):
     return tokenizer.special_tokens[SPECIAL_TOKENS[0]]
 
 
-def sample(model, prompts, n, tokenizer, config, greedy=False):
+def sample_replies(model, prompts, n, tokenizer, config, greedy=False):
     """n replies of a model to each prompt, as lists of ids, those to one prompt together."""
     temperature = 1.0 if greedy else config.temperature  # as log_probs has it, and no other flag counts
     config = replace(config, greedy=greedy, temperature=temperature, top_k=0, top_p=1.0)
@@ -1021,7 +1021,7 @@ def judge_pairs(base, prompts, noise, tokenizer, config):
     """
     n, pairs, rng = config.n_replies, [], random.Random(config.seed)
     torch.manual_seed(config.seed)
-    replies = [to_text(reply, tokenizer) for reply in sample(base, prompts, n, tokenizer, config)]
+    replies = [to_text(reply, tokenizer) for reply in sample_replies(base, prompts, n, tokenizer, config)]
     for i, prompt in enumerate(prompts):
         for pair in combinations(sorted({*replies[n * i : n * i + n]} - {""}), 2):
             worse, better = sorted(pair, key=annotate)
@@ -1108,7 +1108,7 @@ def load_judge(base, pairs, test, learning, tokenizer, config, folder):
             scores.append(torch.stack([judge.reward(*encode_replies(prompts, side)) for side in sides]))
     scores, some = torch.cat(scores, dim=1), learning[:400]  # (2, N)
     torch.manual_seed(config.seed)
-    of_base = score(judge, some, sample(base, some, 1, tokenizer, config))
+    of_base = score(judge, some, sample_replies(base, some, 1, tokenizer, config))
     judge.mean, judge.std = of_base.mean(), of_base.std()
     return judge, (scores[0] > scores[1]).float().mean().item()
 
@@ -1120,7 +1120,7 @@ def make_draw(policy, base, reward, truth, learning, tokenizer, config):
     @torch.no_grad()
     def draw():
         asked = [learning[i] for i in torch.randint(len(learning), (config.batch_size // n,)).tolist()]
-        replies = sample(policy.model, asked, n, tokenizer, config)
+        replies = sample_replies(policy.model, asked, n, tokenizer, config)
         asked = [prompt for prompt in asked for _ in range(n)]
         x, y = encode_replies([prompt.ids for prompt in asked], replies, policy.head.weight.device)
         mask = (y != -100).float()  # (B, T): nothing before a reply and nothing after its end counts
@@ -1185,7 +1185,7 @@ def measure(policy, base, judge, truth, held_out, tokenizer, config):
         torch.manual_seed(config.seed + len(numbers))
         n = config.n_best if name == "policy" and config.method == "best_of_n" else 1
         with without_adapters() if name == "base" else nullcontext():
-            replies = sample(model, held_out, n, tokenizer, config, greedy=config.task == "read")
+            replies = sample_replies(model, held_out, n, tokenizer, config, greedy=config.task == "read")
             if n > 1:
                 scores = score(judge, [prompt for prompt in held_out for _ in range(n)], replies)
                 best = scores.view(-1, n).argmax(dim=1).tolist()
@@ -1379,8 +1379,9 @@ def main():
     val_ids = load_val(config, checkpoint["vocab"])
     for name, model in (("base", base), ("policy", policy.model)):
         with without_adapters() if name == "base" else nullcontext():
-            numbers[name]["bits_per_char"] = bits_per_char(model, val_ids, tokenizer, config)
-            numbers[name]["val_loss"] = evaluate(model, windows(val_ids, config))
+            loss = evaluate(model, windows(val_ids, config))
+        numbers[name]["bits_per_char"] = bits_per_char(loss, val_ids, tokenizer)
+        numbers[name]["val_loss"] = loss
     metrics, sample = report(numbers, texts, held_out, config, checkpoint)
     if judge:
         metrics |= {"pairs": len(pairs), "accuracy": accuracy}

@@ -693,9 +693,9 @@ def test_bits_per_character_of_a_text_with_characters_of_several_bytes():
             x, y = ids[start : start + 8], ids[start + 1 : start + 9]
             nats += F.cross_entropy(plain(x[None, : len(y)])[0].double(), y, reduction="sum").item()
     expected = nats / math.log(2) / (len(text) - 2)  # the first token, "to", is given
-    assert v8.bits_per_char(plain, ids.to(torch.uint16), tokenizer, config) == pytest.approx(
-        expected, rel=1e-5
-    )
+    ids = ids.to(torch.uint16)
+    loss = v8.evaluate(plain, v8.windows(ids, config))
+    assert v8.bits_per_char(loss, ids, tokenizer) == pytest.approx(expected, rel=1e-5)
 
 
 def one_at_a_time(model, ids, config, stop):
@@ -1063,6 +1063,10 @@ def test_a_conversation_from_a_terminal_ends_with_the_input(bases, trained):
     args = [sys.executable, str(ROOT / f"{RUNG}.py"), "--chat", "--out_dir=full"]
     process = subprocess.run(args, cwd=bases, input="say no more\n", capture_output=True, encoding="utf-8")
     assert process.returncode == 0 and process.stderr == "" and process.stdout.count(">") >= 2
+
+
+def test_a_conversation_takes_no_prompt_from_a_flag(bases, trained):
+    assert refused(run_v8(bases, "--chat", "--out_dir=full", "--prompt=hi"), "leave out --prompt", "--sample")
 
 
 @pytest.mark.parametrize("method", v8.METHODS)

@@ -417,10 +417,10 @@ def judged(monkeypatch, noise, n=400, **changes):
     """Pairs of judge_pairs, where a model says one thing or another of SAID."""
     said = [[*WORDS.encode(text), v9.end_of(WORDS)] for text in SAID]
 
-    def sample(model, prompts, n, tokenizer, config):
+    def sample_replies(model, prompts, n, tokenizer, config):
         return [said[i] for i in torch.randint(len(said), (n * len(prompts),)).tolist()]
 
-    monkeypatch.setattr(v9, "sample", sample)
+    monkeypatch.setattr(v9, "sample_replies", sample_replies)
     prompts = [v9.Prompt([], f"prompt {i}", "") for i in range(n)]
     return v9.judge_pairs(None, prompts, noise, WORDS, v9.Config(**changes))
 
@@ -568,7 +568,7 @@ def test_replies_to_learn_from_are_drawn_from_all_ids(monkeypatch):
     monkeypatch.setattr(v9, "generate", lambda *args: seen.append(args) or generate(*args))
     base, config = make_model(top_k=1, top_p=0.1, temperature=0.7)
     prompts = prompts_of("ab", "c")
-    replies = v9.sample(base, prompts, 70, CHARS, config)
+    replies = v9.sample_replies(base, prompts, 70, CHARS, config)
     assert [len(args[1]) for args in seen] == [128, 12]
     assert [ids for args in seen for ids in args[1]] == [[0, 1]] * 70 + [[2]] * 70
     for _, _, used, stop in seen:
@@ -805,8 +805,8 @@ class CountingJudge:
 def test_the_best_of_n_is_the_reply_with_the_largest_score(monkeypatch):
     plain, config = make_model(method="best_of_n", n_best=5)
     policy, base = make_policy(plain, config)
-    held_out, replies, real = prompts_of(*"abcdefgh"), [], v9.sample
-    monkeypatch.setattr(v9, "sample", lambda *a, **k: replies.append(real(*a, **k)) or replies[-1])
+    held_out, replies, real = prompts_of(*"abcdefgh"), [], v9.sample_replies
+    monkeypatch.setattr(v9, "sample_replies", lambda *a, **k: replies.append(real(*a, **k)) or replies[-1])
     args = policy, base, CountingJudge(), share_of_a, held_out, CHARS, config
     numbers, texts = v9.measure(*args)
     assert [len(part) for part in replies] == [8, 40]
@@ -822,8 +822,8 @@ def test_what_is_measured_of_the_policy_and_of_the_base(lora_rank, monkeypatch):
     plain, config = make_model(lora_rank=lora_rank, temperature=0.7)
     policy, base = make_policy(plain, config)
     shake(policy)
-    held_out, replies, real = prompts_of(*"abcdefgh"), [], v9.sample
-    monkeypatch.setattr(v9, "sample", lambda *a, **k: replies.append(real(*a, **k)) or replies[-1])
+    held_out, replies, real = prompts_of(*"abcdefgh"), [], v9.sample_replies
+    monkeypatch.setattr(v9, "sample_replies", lambda *a, **k: replies.append(real(*a, **k)) or replies[-1])
     numbers, texts = v9.measure(policy, base, CountingJudge(), share_of_a, held_out, CHARS, config)
     torch.manual_seed(config.seed)
     expected = v9.generate(plain, [prompt.ids for prompt in held_out], config, STOP)

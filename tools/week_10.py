@@ -15,7 +15,7 @@ from v9_rlhf import value_loss  # its own, also where a stand-in replaces it
 
 RUNG, SEEDS = "v9_rlhf", (1, 2, 3)
 BASE, V6 = ROOT / "runs" / "v8_lora", ROOT / "runs" / "v6_amp_ddp"
-STOPPED = 300  # steps of v8 after which it has learned to read by half
+STOPPED = 320  # steps of v8 after which it has learned to read by half
 METHODS = ("ppo", "grpo", "dpo", "best_of_n")
 NAMES = {"ppo": "PPO", "grpo": "GRPO", "dpo": "DPO", "best_of_n": "best of 16"}
 

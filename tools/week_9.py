@@ -151,7 +151,9 @@ def rounding():
         ("in 4 bits", "as it is"), v8.make_model(base, checkpoint, config, "cpu"), strict=True
     ):
         tokenizer = v8.make_tokenizer(checkpoint["vocab"])
-        results[name] = v8.bits_per_char(model, v8.load_val(config, vocab), tokenizer, config)
+        val_ids = v8.load_val(config, vocab)
+        loss = v8.evaluate(model, v8.windows(val_ids, config))
+        results[name] = v8.bits_per_char(loss, val_ids, tokenizer)
     return results
 
 
