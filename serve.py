@@ -9,6 +9,8 @@ Run it with: python serve.py, or with --help to see every flag.
 
 import argparse
 import asyncio
+import base64
+import codecs
 import contextlib
 import hmac
 import importlib
@@ -17,12 +19,14 @@ import json
 import os
 import random
 import re
+import subprocess
 import sys
 import threading
 import time
 import uuid
 from collections import deque
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Annotated, Literal
@@ -30,7 +34,6 @@ from typing import Annotated, Literal
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nobody is told that this runs
 
 import gradio as gr
-import matplotlib.pyplot as plt
 import prometheus_client
 import torch
 import torch.nn.functional as F
@@ -38,6 +41,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from torch.overrides import TorchFunctionMode
@@ -55,6 +59,7 @@ RUNGS += ("v7_quantize", "v8_lora", "v9_rlhf")
 BATCHED, CHATTING = RUNGS[5:], RUNGS[8:]  # with a cache for many texts at once; with a template for turns
 # What is trained where there is no model: seconds, seconds, half a minute.
 FIRST = (["v0_bigram.py"], ["v1_mlp.py"], ["v3_gpt.py", "--max_steps", "500", "--warmup_steps", "50"])
+FAILED = "the model has failed, the server's own output says why"
 KEY = os.environ.get("SERVE_API_KEY", "")  # if it is set, every request must carry it
 
 
@@ -136,20 +141,34 @@ class OneByOne:
 
 
 class Job:
-    """One text to be continued. A thread puts ids in, the coroutine of its request takes them out."""
+    """A text to be continued. `put` takes (job, id) from the thread that draws to whoever follows the job."""
 
-    def __init__(self, ids, config, stop, loop):
-        self.ids, self.config, self.stop, self.loop = ids, config, stop, loop
-        self.new, self.gone = asyncio.Queue(), False  # None ends it, an exception breaks it off
+    def __init__(self, model, ids, config, put, stops=()):
+        self.model, self.ids, self.config, self.put = model, ids, config, put
+        self.gone, self.seconds = False, 0.0  # nobody follows it any more; time of the steps it took part in
+        self.reason = None  # why it has ended: "stop", "length" or "failed"
+        self.n_written, self.stops, self.held = 0, stops, ""  # text that may be the beginning of a stop
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # which keeps half a character back
 
-    def put(self, item):
-        """Called in the thread of the model."""
-        with contextlib.suppress(RuntimeError):  # the server is closing
-            self.loop.call_soon_threadsafe(self.new.put_nowait, item)
+    def add(self, new):
+        """Take in an id, or the reason of the end; return the text that can be shown now."""
+        if isinstance(new, str):
+            self.held, self.reason = self.held + self.decoder.decode(b"", final=True), new
+        else:
+            self.n_written += 1
+            piece = self.model.tokenizer.vocab[new]  # bytes, or a character
+            self.held += piece if isinstance(piece, str) else self.decoder.decode(piece)
+        found = [at for at in map(self.held.find, self.stops) if at >= 0]
+        if found:
+            self.reason, self.held = "stop", self.held[: min(found)]
+        begun = (n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n]))
+        n = len(self.held) - (0 if self.reason else max(begun, default=0))
+        shown, self.held, self.gone = self.held[:n], self.held[n:], self.reason is not None
+        return shown
 
 
 class Served:
-    """A model, its tokenizer, and the thread that works on its requests."""
+    """A model with its tokenizer, the jobs that wait for it, and an engine for those that it works on."""
 
     def __init__(self, name, folder, config):
         self.name, self.config, self.created = name, config, int((folder / "checkpoint.pt").stat().st_mtime)
@@ -171,26 +190,18 @@ class Served:
             checkpoint, own = rung.load_checkpoint("sample", {"out_dir": str(folder)})
             model = rung.LanguageModel(own, len(v8.make_tokenizer(checkpoint["vocab"]).vocab)).to(device)
             rung.load_weights(model, checkpoint["model"])
-        self.model, self.folder = model.eval(), folder
-        self.tokenizer, self.window = v8.make_tokenizer(checkpoint["vocab"]), own.block_size
+        self.model, self.folder, self.window = model.eval(), folder, own.block_size
+        self.tokenizer = v8.make_tokenizer(checkpoint["vocab"])
         batched = self.version in BATCHED
         self.engine = v8.Engine(model, config.n_rows) if batched else OneByOne(model, own.block_size)
         self.params = sum(p.numel() for p in checkpoint["model"].values())
+        self.idea = rung.__doc__.split("\n")[0].split(": ", 1)[1]
         self.metrics = {}
         with contextlib.suppress(OSError, ValueError):
             self.metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        self.waiting, self.changed, self.n_working = deque(), threading.Condition(), 0
-        threading.Thread(target=self.work, name=name, daemon=True).start()
-
-    @property
-    def chats(self):
-        """Whether it answers turns."""
-        return self.version in CHATTING
-
-    @property
-    def end(self):
-        """The id that ends an answer; None if the model was never taught one."""
-        return self.tokenizer.special_tokens.get("<|endoftext|>") if self.chats else None
+        self.chats = self.version in CHATTING
+        self.end = self.tokenizer.special_tokens.get("<|endoftext|>")  # None: it was never taught to end
+        self.waiting, self.working = deque(), {}  # row: (job, when it must end)
 
     def encode(self, text):
         """Text to ids, of an empty one where a sample starts; Refused if the vocabulary lacks a character."""
@@ -209,57 +220,99 @@ class Served:
             reason = str(error).removeprefix("error: ").partition(";")[0]
             raise Refused(f"{self.name} cannot read this: {reason}", param="messages") from None
 
+    def step(self):
+        """Take in what waits while there are rows, then draw a token for each row."""
+        start = time.monotonic()
+        while self.waiting and None in self.engine.sequences:
+            job = self.waiting.popleft()
+            if not job.gone:
+                row = self.engine.sequences.index(None)  # which is where add puts it
+                self.working[row] = job, time.monotonic() + self.config.max_seconds
+                self.engine.add(job.ids, job.config, self.end)
+        new, seconds = self.engine.step() if self.working else {}, time.monotonic() - start
+        for row, (job, deadline) in list(self.working.items()):
+            job.seconds += seconds
+            if row in new and new[row] != self.end:
+                job.put((job, new[row]))
+            if not self.engine.sequences[row].n_left or job.gone or time.monotonic() > deadline:
+                self.free(row, "stop" if new.get(row) == self.end else "length")
+
+    def free(self, row, reason):
+        """End what is in a row."""
+        job, _ = self.working.pop(row)
+        job.put((job, reason))
+        self.engine.sequences[row] = None
+
+
+class Worker(threading.Thread):
+    """The one thread that draws. All models take turns, a step each: so each step has all cores."""
+
+    def __init__(self, models):
+        super().__init__(daemon=True)
+        self.models, self.changed = models, threading.Condition()
+        self.start()
+
     def submit(self, jobs):
-        """Let jobs wait for their turn; Refused if too many do."""
+        """Let jobs wait for their model; Refused if too many do."""
+        model = jobs[0].model
         with self.changed:
-            if len(self.waiting) + len(jobs) > self.config.max_waiting:
-                raise Refused(f"{len(self.waiting)} requests wait for {self.name} already", 429, "overloaded")
-            self.waiting.extend(jobs)
+            if len(model.waiting) + len(jobs) > model.config.max_waiting:
+                reason = f"{len(model.waiting)} requests wait for {model.name} already"
+                raise Refused(reason, 429, "overloaded")
+            model.waiting.extend(jobs)
             self.changed.notify()
 
-    def work(self):
-        """The thread: take in what waits while there are rows, draw a token for each row, and so on."""
-        working = {}  # row: (job, when it must end)
+    def run(self):
+        """Go round the models for as long as the server lives."""
         while True:
             with self.changed:
-                while not self.waiting and not working:
-                    self.changed.wait()
-                while self.waiting and None in self.engine.sequences:
-                    job = self.waiting.popleft()
-                    if not job.gone:
-                        row = self.engine.add(job.ids, job.config, job.stop)
-                        working[row] = job, time.monotonic() + self.config.max_seconds
-            self.n_working = len(working)
-            try:
-                new = self.engine.step() if working else {}
-            except Exception as error:  # a bug: those at work are told, the server goes on
-                print(f"error: {self.name}: {error!r}", file=sys.stderr)
-                for row, (job, _) in working.items():
-                    job.put(error)
-                    self.engine.remove(row)
-                working = {}
-                continue
-            for row, (job, deadline) in list(working.items()):
-                if row in new and new[row] != job.stop:
-                    job.put(new[row])
-                left = self.engine.sequences[row].n_left
-                if not left or job.gone or time.monotonic() > deadline:
-                    job.put(None)
-                    self.engine.remove(row)
-                    del working[row]
-            self.n_working = len(working)
+                self.changed.wait_for(lambda: any(m.waiting or m.working for m in self.models))
+            for model in self.models:
+                try:
+                    model.step()
+                except Exception as error:  # a bug: those at work are told, the server goes on
+                    print(f"error: {model.name}: {error!r}", file=sys.stderr)
+                    for row in list(model.working):
+                        model.free(row, "failed")
+
+
+async def follow(jobs, news):
+    """Yield (job, text) as the texts of `jobs` grow; when one has ended, job.reason says why.
+
+    `news` is the asyncio.Queue that gets what they put. If tokens come faster than they are taken, a text
+    is of several.
+    """
+    going = set(jobs)
+    try:
+        while going:
+            fresh, pieces = [await news.get()], {}
+            while not news.empty():
+                fresh.append(news.get_nowait())
+            for job, new in fresh:
+                if not job.reason:  # else it has stopped, and this was drawn before the thread knew
+                    pieces[job] = pieces.get(job, "") + job.add(new)
+            for job, piece in pieces.items():
+                if piece or job.reason:
+                    yield job, piece
+            going -= {job for job in pieces if job.reason}
+    finally:  # also when nobody listens any more
+        for job in jobs:
+            job.gone = True
 
 
 def find_models(config):
-    """All models below --runs that can be served, {name: Served}; of the others a note says why not."""
-    found = {}
+    """All models below --runs that can be served, the lowest rung first, {name: Served}.
+
+    Of the others a note says why not.
+    """
+    found = []
     for path in sorted(Path(config.runs).glob("*/checkpoint.pt")):
         try:
-            found[path.parent.name] = Served(path.parent.name, path.parent, config)
+            found.append(Served(path.parent.name, path.parent, config))
         except (Exception, SystemExit) as error:  # a file that is cut short or something else altogether
             reason = str(error).split("\n")[0].removeprefix("error: ")
             print(f"note: {path.parent} is not served: {reason}", file=sys.stderr)
-    return found
+    return {model.name: model for model in sorted(found, key=lambda model: RUNGS.index(model.version))}
 
 
 # -------------------------------------------- requests --------------------------------------------
@@ -333,23 +386,22 @@ class ChatCompletion(Asked):
     response_format: dict[Literal["type"], Literal["text"]] | None = None
 
 
-def sampling(asked, config, seed):
-    """How to draw the tokens that a request asks for."""
+def sampling(asked, config):
+    """How to draw the tokens that a request asks for; the seed is not in it."""
     wanted = asked.max_tokens
     if isinstance(asked, ChatCompletion) and asked.max_completion_tokens is not None:
         if wanted not in (None, asked.max_completion_tokens):
             raise Refused("max_tokens and max_completion_tokens differ", param="max_tokens")
         wanted = asked.max_completion_tokens
-    default = 100 if isinstance(asked, ChatCompletion) else 16  # the second is OpenAI's
-    if (wanted or default) > config.max_tokens:
-        raise Refused(
-            f"at most {config.max_tokens} tokens can be asked for, not {wanted}", param="max_tokens"
-        )
+    n = wanted or (100 if isinstance(asked, ChatCompletion) else 16)  # the second is OpenAI's
+    if n > config.max_tokens:
+        raise Refused(f"at most {config.max_tokens} tokens can be asked for, not {n}", param="max_tokens")
+    if asked.stream_options and not asked.stream:
+        raise Refused("stream_options go with stream only", param="stream_options")
     temperature = 1.0 if asked.temperature is None else asked.temperature
-    settings = {"seed": seed, "max_new_tokens": wanted or default}
     if temperature == 0:
-        return v8.Config(greedy=True, **settings)
-    return v8.Config(temperature=max(temperature, 1e-3), top_p=asked.top_p or 1.0, **settings)
+        return v8.Config(greedy=True, max_new_tokens=n)
+    return v8.Config(temperature=max(temperature, 1e-3), top_p=asked.top_p or 1.0, max_new_tokens=n)
 
 
 def stops_of(asked):
@@ -360,65 +412,18 @@ def stops_of(asked):
     return stops
 
 
-class Writer:
-    """Makes text of ids as they come, and finds where it stops."""
-
-    def __init__(self, tokenizer, stops):
-        self.tokenizer, self.stops, self.ids, self.sent, self.reason = tokenizer, stops, [], 0, None
-
-    def text(self, ended):
-        """The text so far; until it has ended, without a character or a stop that may have only begun."""
-        text = self.tokenizer.decode(self.ids)
-        found = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
-        if found:
-            self.reason = "stop"
-            return text[: min(found)]
-        if not ended:
-            text = text.rstrip("\ufffd")
-            begun = (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
-            text = text[: len(text) - max(begun, default=0)]
-        return text
-
-    def add(self, new):
-        """Take in an id, or None for the end; return the text that is new."""
-        if new is not None:
-            self.ids.append(new)
-        text = self.text(ended=new is None)
-        piece, self.sent = text[self.sent :], max(self.sent, len(text))
-        return piece
-
-
-async def write(job, writer, request):
-    """The pieces of a job's text, as they come, and None when nothing happens for a while."""
-    looked = time.monotonic()
-    try:
-        while writer.reason is None:
-            if time.monotonic() - looked > 0.5:
-                looked = time.monotonic()
-                if await request.is_disconnected():
-                    return
-            try:
-                new = await asyncio.wait_for(job.new.get(), timeout=1.0)
-            except asyncio.TimeoutError:
-                continue
-            if isinstance(new, Exception):
-                raise Refused("the model has failed, the server's own output says why", 500, "server_error")
-            if piece := writer.add(new):
-                yield piece
-            if new is None:
-                full = len(writer.ids) >= job.config.max_new_tokens
-                writer.reason = writer.reason or ("length" if full or job.stop is None else "stop")
-    finally:
-        job.gone = True  # it frees its row
-
-
 # ---------------------------------------------- HTTP ----------------------------------------------
 
 
-def error(message, status=400, code="invalid_request_error", param=None, headers=None):
-    """An answer in the form that OpenAI's clients understand."""
-    body = {"message": message, "type": code, "param": param, "code": code}
-    return JSONResponse({"error": body}, status, headers)
+def told(reason):
+    """A Refused as the JSON that OpenAI's clients understand."""
+    body = {"message": str(reason), "type": reason.code, "param": reason.param, "code": reason.code}
+    return {"error": body}
+
+
+def answer_of(reason, headers=None):
+    """The answer to a request that is Refused."""
+    return JSONResponse(told(reason), reason.status, headers)
 
 
 class Guard:
@@ -431,9 +436,7 @@ class Guard:
 
     async def __call__(self, scope, receive, send):
         """An ASGI application (Python's standard for asynchronous web servers)."""
-        if scope["type"] != "http":
-            if scope["type"] == "websocket" and self.refusal(dict(scope["headers"])):
-                return
+        if scope["type"] == "lifespan":  # the server starts or ends
             return await self.page(scope, receive, send)
         size = 0
 
@@ -441,9 +444,6 @@ class Guard:
             if message["type"] == "http.response.start":
                 self.count(scope["path"], message["status"])
             await send(message)
-
-        if refusal := self.refusal(dict(scope["headers"])):
-            return await refusal(scope, receive, counted)
 
         async def limited():
             nonlocal size
@@ -453,64 +453,66 @@ class Guard:
                 raise HTTPException(413, f"a request has at most {self.config.max_body:,} bytes")
             return message
 
+        try:
+            self.check(dict(scope["headers"]))
+        except Refused as reason:
+            login = {"WWW-Authenticate": 'Basic realm="the key is the password"'}  # a browser asks for it
+            refusal = answer_of(reason, login if reason.status == 401 else None)
+            return await refusal(scope, receive, counted)
         is_api = re.match("/(v1|health|metrics)(/|$)", scope["path"])
         await (self.api if is_api else self.page)(scope, limited, counted)
 
-    def refusal(self, headers):
-        """What to answer to a request with these headers, None if it may go on."""
+    def check(self, headers):
+        """Refused if a request with these headers may not go on."""
         host = re.sub(r":\d+$", "", headers.get(b"host", b"").decode("latin-1")).lower()
-        if (
-            host not in self.hosts and "*" not in self.hosts
-        ):  # a page elsewhere may have given our address a name
-            return error(f"this server is not called {host!r}, see --names", 421, "invalid_host")
-        given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+        if host not in self.hosts and "*" not in self.hosts:  # a page elsewhere may have named our address
+            raise Refused(f"this server is not called {host!r}, see --names", 421, "invalid_host")
+        kind, _, given = headers.get(b"authorization", b"").partition(b" ")
+        if kind.lower() == b"basic":  # from a browser: any name, and the key as the password
+            with contextlib.suppress(ValueError):
+                given = base64.b64decode(given).partition(b":")[2]
         if KEY and not hmac.compare_digest(given, KEY.encode()):
-            basic = {"WWW-Authenticate": "Bearer"}
-            return error(
-                "no key, or a wrong one, in the header Authorization", 401, "invalid_api_key", None, basic
-            )
+            raise Refused("no key, or a wrong one, in the header Authorization", 401, "invalid_api_key")
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self.config.max_body:
-            return error(f"a request has at most {self.config.max_body:,} bytes", 413, "too_large")
-        return None
+            raise Refused(f"a request has at most {self.config.max_body:,} bytes", 413, "too_large")
 
 
 def make_app(models, config):
     """The server of {name: Served}."""
     app = FastAPI(title="serve.py", docs_url=None, redoc_url=None, openapi_url=None)
-    registry = prometheus_client.CollectorRegistry()
-    counters = {"requests": "requests by status", "tokens": "tokens drawn", "prompt_tokens": "tokens read"}
-    labels = {"requests": ["route", "status"]}
-    counts = {
-        name: prometheus_client.Counter(name, meaning, labels.get(name, ["model"]), registry=registry)
-        for name, meaning in counters.items()
-    }
-    seconds = prometheus_client.Histogram(
-        "first_token_seconds", "until the first token", ["model"], registry=registry
-    )
-    for name, of in {"waiting": lambda m: len(m.waiting), "working": lambda m: m.n_working}.items():
-        gauge = prometheus_client.Gauge(name, f"requests {name}", ["model"], registry=registry)
-        for model in models.values():
-            gauge.labels(model.name).set_function(lambda model=model, of=of: of(model))
+    worker, registry = Worker(list(models.values())), prometheus_client.CollectorRegistry()
+
+    def metric(kind, name, meaning, labels):
+        return kind(name, meaning, labels, registry=registry)
+
+    requests = metric(prometheus_client.Counter, "requests", "requests by status", ["route", "status"])
+    tokens = metric(prometheus_client.Counter, "tokens", "tokens drawn", ["model"])
+    prompt_tokens = metric(prometheus_client.Counter, "prompt_tokens", "tokens read", ["model"])
+    seconds = metric(prometheus_client.Histogram, "first_token_seconds", "until a first token", ["model"])
+    waiting = metric(prometheus_client.Gauge, "waiting", "texts that wait", ["model"])
+    working = metric(prometheus_client.Gauge, "working", "texts at work", ["model"])
+    for model in models.values():
+        waiting.labels(model.name).set_function(lambda model=model: len(model.waiting))
+        working.labels(model.name).set_function(lambda model=model: len(model.working))
 
     @app.exception_handler(Refused)
     async def refused(request, reason):
-        headers = {"Retry-After": "1"} if reason.status == 429 else None
-        return error(str(reason), reason.status, reason.code, reason.param, headers)
+        return answer_of(reason, {"Retry-After": "1"} if reason.status == 429 else None)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request, reason):
         first = reason.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:])
-        return error(f"{where or 'the body'}: {first['msg']}", param=where or None)
+        return answer_of(Refused(f"{where or 'the body'}: {first['msg']}", param=where or None))
 
     @app.exception_handler(HTTPException)
     async def http(request, reason):
-        return error(str(reason.detail), reason.status_code)
+        return answer_of(Refused(reason.detail, reason.status_code))
 
     def count(path, status):
         route = path if path in {route.path for route in app.routes} else "other"
-        counts["requests"].labels(route, status).inc()
+        requests.labels(route, status).inc()
 
     @app.get("/health")
     async def health():
@@ -523,8 +525,8 @@ def make_app(models, config):
         )
 
     def describe(model):
-        told = {"id": model.name, "object": "model", "created": model.created, "owned_by": model.version}
-        return told | {"chats": model.chats, "params": model.params, "window": model.window}
+        known = {"id": model.name, "object": "model", "created": model.created, "owned_by": model.version}
+        return known | {"chats": model.chats, "params": model.params, "window": model.window}
 
     @app.get("/v1/models")
     async def list_models():
@@ -536,10 +538,8 @@ def make_app(models, config):
 
     def find(name):
         if name not in models:
-            known = ", ".join(models)
-            raise Refused(
-                f"there is no model {name[:80]!r}, choose from: {known}", 404, "model_not_found", "model"
-            )
+            reason = f"there is no model {name[:80]!r}, choose from: {', '.join(models)}"
+            raise Refused(reason, 404, "model_not_found", "model")
         return models[name]
 
     @app.post("/v1/completions")
@@ -548,7 +548,7 @@ def make_app(models, config):
         prompts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
         if sum(map(len, prompts)) > config.max_prompt:
             raise Refused(f"a prompt has at most {config.max_prompt:,} characters", param="prompt")
-        return await respond(asked, request, model, [model.encode(prompt) for prompt in prompts], None)
+        return await respond(asked, request, model, [model.encode(prompt) for prompt in prompts])
 
     @app.post("/v1/chat/completions")
     async def chat(asked: ChatCompletion, request: Request):
@@ -560,104 +560,83 @@ def make_app(models, config):
         if turns[-1][0] != "user" or sum(len(text) for _, text in turns) > config.max_prompt:
             reason = f"the last message must be the user's, all at most {config.max_prompt:,} characters"
             raise Refused(reason, param="messages")
-        return await respond(asked, request, model, [model.encode_turns(turns)], model.end)
+        return await respond(asked, request, model, [model.encode_turns(turns)])
 
-    async def respond(asked, request, model, prompts, end):
-        """Answer a request for continuations of lists of ids, each asked.n times."""
-        stops, n, loop = stops_of(asked), asked.n or 1, asyncio.get_running_loop()
+    async def respond(asked, request, model, prompts):
+        """Answer a request: continue each list of ids, asked.n times."""
+        start, chatting, n = time.monotonic(), isinstance(asked, ChatCompletion), asked.n or 1
         seed = random.randrange(2**30) if asked.seed is None else asked.seed
+        news, settings, stops = asyncio.Queue(), sampling(asked, config), stops_of(asked)
+        put = partial(asyncio.get_running_loop().call_soon_threadsafe, news.put_nowait)
         jobs = [
-            Job(ids, sampling(asked, config, (seed + i * n + j) % 2**31), end, loop)
-            for i, ids in enumerate(prompts)
-            for j in range(n)
+            Job(model, ids, replace(settings, seed=(seed + i) % 2**31), put, stops)
+            for i, ids in enumerate(ids for ids in prompts for _ in range(n))
         ]
-        model.submit(jobs)
-        counts["prompt_tokens"].labels(model.name).inc(sum(map(len, prompts)))
-        chatting, start = isinstance(asked, ChatCompletion), time.monotonic()
+        worker.submit(jobs)
         kind = "chat.completion" if chatting else "text_completion"
         head = {"id": f"{'chatcmpl' if chatting else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time())}
-        head |= {"model": model.name}
-        writers = [Writer(model.tokenizer, stops) for _ in jobs]
+        head |= {"model": model.name, "object": kind + ".chunk" * (chatting and asked.stream)}
+        n_read = sum(map(len, prompts))
+        prompt_tokens.labels(model.name).inc(n_read)
 
-        async def pieces(i):
-            first = True
-            async for piece in write(jobs[i], writers[i], request):
-                if first:
-                    seconds.labels(model.name).observe(time.monotonic() - start)
-                first = False
-                yield piece
+        async def pieces():
+            """What is new as it comes: (number of the job, text, why it has ended or None)."""
+            waited = False
+            try:
+                async for job, piece in follow(jobs, news):
+                    if not waited:
+                        seconds.labels(model.name).observe(time.monotonic() - start)
+                    waited = True
+                    if job.reason == "failed":
+                        raise Refused(FAILED, 500, "server_error")
+                    yield jobs.index(job), piece, job.reason
+            finally:
+                tokens.labels(model.name).inc(sum(job.n_written for job in jobs))
+
+        def choice(i, text, reason, role="assistant"):
+            said = ({"role": role} if role else {}) | {"content": text}
+            said = {"delta" if asked.stream else "message": said} if chatting else {"text": text}
+            return {"index": i, **said, "logprobs": None, "finish_reason": reason}
 
         def usage():
-            written = sum(len(writer.ids) for writer in writers)
-            read = sum(map(len, prompts))
-            counts["tokens"].labels(model.name).inc(written)
-            return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+            written = sum(job.n_written for job in jobs)
+            both = {"prompt_tokens": n_read, "completion_tokens": written, "total_tokens": n_read + written}
+            return {"usage": both}
 
-        if not asked.stream:
-
-            async def whole(i):
-                return "".join([piece async for piece in pieces(i)])
-
-            texts = await asyncio.gather(*(whole(i) for i in range(len(jobs))))
-            choices = []
-            for i, (text, writer) in enumerate(zip(texts, writers, strict=True)):
-                said = {"message": {"role": "assistant", "content": text}} if chatting else {"text": text}
-                choices.append(
-                    {"index": i, **said, "logprobs": None, "finish_reason": writer.reason or "stop"}
-                )
-            return head | {"object": kind, "choices": choices, "usage": usage()}
-
-        def event(choices, **more):
-            name = "chat.completion.chunk" if chatting else kind
-            return f"data: {json.dumps(head | {'object': name, 'choices': choices} | more)}\n\n"
-
-        def choice(i, text, reason=None, role=False):
-            said = {"delta": ({"role": "assistant"} if role else {}) | ({"content": text} if text else {})}
-            return [
-                {
-                    "index": i,
-                    **(said if chatting else {"text": text}),
-                    "logprobs": None,
-                    "finish_reason": reason,
-                }
-            ]
+        async def whole():
+            texts, reasons = [""] * len(jobs), [None] * len(jobs)
+            async for i, piece, reason in pieces():
+                texts[i], reasons[i] = texts[i] + piece, reason
+            choices = [choice(*each) for each in zip(range(len(jobs)), texts, reasons, strict=True)]
+            return head | {"choices": choices} | usage()
 
         async def events():
-            queue, left = asyncio.Queue(), len(jobs)
+            def event(content):
+                return f"data: {json.dumps(content)}\n\n"
 
-            async def run(i):
-                try:
-                    async for piece in pieces(i):
-                        await queue.put(event(choice(i, piece)))
-                    await queue.put(event(choice(i, "", writers[i].reason or "stop")))
-                except Refused as reason:
-                    await queue.put(f"data: {error(str(reason), 500, reason.code).body.decode()}\n\n")
-                await queue.put(None)
-
-            tasks = [asyncio.create_task(run(i)) for i in range(len(jobs))]
+            begun = set()  # whose role has been told
             try:
-                for i in range(len(jobs) if chatting else 0):
-                    yield event(choice(i, "", role=True))
-                while left:
-                    item = await queue.get()
-                    left -= item is None
-                    if item is not None:
-                        yield item
+                async for i, piece, reason in pieces():
+                    role = None if i in begun else "assistant"
+                    begun.add(i)
+                    yield event(head | {"choices": [choice(i, piece, reason, role)]})
                 if (asked.stream_options or {}).get("include_usage"):
-                    yield event([], usage=usage())
-                else:
-                    usage()
-                yield "data: [DONE]\n\n"
-            finally:  # also when the client has left
-                for task, job in zip(tasks, jobs, strict=True):
-                    task.cancel()
-                    job.gone = True
+                    yield event(head | {"choices": []} | usage())
+            except Refused as reason:
+                yield event(told(reason))
+            yield "data: [DONE]\n\n"
 
-        return StreamingResponse(
-            events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
-        )
+        if asked.stream:
+            now = {"Cache-Control": "no-store"}
+            return StreamingResponse(events(), media_type="text/event-stream", headers=now)
+        answer, leaving = asyncio.create_task(whole()), asyncio.create_task(request.receive())
+        await asyncio.wait({answer, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        leaving.cancel()
+        if not answer.done():  # the client has left
+            answer.cancel()
+        return await answer
 
-    page = make_page(models)
+    page = make_page(models, worker, config)
     fonts = [gr.themes.Font("system-ui"), "sans-serif"]  # no font from elsewhere
     theme = gr.themes.Default(font=fonts, font_mono=[gr.themes.Font("ui-monospace"), "monospace"])
     settings = {"theme": theme, "css": CSS, "footer_links": [], "ssr_mode": False}
@@ -668,61 +647,99 @@ def make_app(models, config):
 # ------------------------------------------- playground -------------------------------------------
 
 CSS = """
-.card textarea { font-family: ui-monospace, monospace; font-size: 0.85rem; }
-.bars { width: 100%; border-collapse: collapse; font-family: ui-monospace, monospace; }
-.bars td { padding: 1px 6px; white-space: pre; }
+.rungs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 290px), 1fr)); gap: 12px; }
+.rung { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 10px 14px; }
+.rung { background: var(--block-background-fill); min-width: 0; }
+.rung h3, .rung p { margin: 0 0 4px; }
+.rung p { font-size: 0.85rem; color: var(--body-text-color-subdued); }
+.rung pre { white-space: pre-wrap; overflow-wrap: anywhere; height: 14em; overflow-y: auto; margin: 6px 0 0; }
+.rung pre, .bars { font: 0.85rem/1.45 ui-monospace, monospace; color: var(--body-text-color); }
+.rung pre b { color: var(--body-text-color-subdued); font-weight: normal; }
+.bars { width: 100%; border-collapse: collapse; }
+.bars td { padding: 1px 6px; white-space: pre; border: 0; }
 .bars td:last-child { width: 99%; }
 .bars div { background: var(--color-accent); height: 1em; min-width: 1px; }
 .passage { border-left: 3px solid var(--border-color-primary); padding-left: 0.8em; white-space: pre-wrap; }
 .passage { margin: 0.7em 0; }
 .passage.read { border-color: var(--color-accent); }
 """
+NO_CHAT = "No model here has learned to answer: `python v8_lora.py` teaches one, in four minutes."
 
 
-def label(model):
-    """What stands above a model's text."""
-    bits = model.metrics.get("bits_per_char")
-    told = f", {bits:.2f} bits a character" if isinstance(bits, float) else ""
-    return f"{model.name}: {model.params:,} parameters{told}"
-
-
-async def continuations(wanted):
-    """Go on with several texts at once, {key: (model, ids, Config, stop)}: yields {key: (text, is_done)}."""
-    loop, jobs, writers, found = asyncio.get_running_loop(), {}, {}, {}
-    start = time.monotonic()
-    try:
-        for key, (model, ids, config, stop) in wanted.items():
-            job = Job(ids, config, stop, loop)
-            try:
-                model.submit([job])
-            except Refused as reason:
-                found[key] = f"({reason})", True
-                continue
-            jobs[key], writers[key], found[key] = job, Writer(model.tokenizer, []), ("", False)
-        while going := [key for key, (_, is_done) in found.items() if not is_done]:
-            await asyncio.sleep(0.05)
-            for key in going:
-                text, is_done = found[key]
-                while not jobs[key].new.empty() and not is_done:
-                    new = jobs[key].new.get_nowait()
-                    if isinstance(new, Exception):
-                        text, is_done = "(the model has failed)", True
-                    else:
-                        text, is_done = text + writers[key].add(new), new is None
-                found[key] = text, is_done
-            seconds = time.monotonic() - start
-            yield found, {key: len(writer.ids) / seconds for key, writer in writers.items()}
-    finally:
-        for job in jobs.values():
-            job.gone = True
+async def continuations(worker, wanted):
+    """Go on with texts, {key: (model, ids, Config)}; yields {key: (text, Job)} at most ten times a second."""
+    news, texts, shown = asyncio.Queue(), {}, 0.0
+    put = partial(asyncio.get_running_loop().call_soon_threadsafe, news.put_nowait)
+    jobs = {Job(*settings, put): key for key, settings in wanted.items()}
+    for job, key in jobs.items():
+        texts[key] = "", job
+        try:
+            worker.submit([job])
+        except Refused as reason:
+            texts[key], job.reason = (f"({reason})", job), "refused"
+    async for job, piece in follow([job for job in jobs if not job.reason], news):
+        key = jobs[job]
+        texts[key] = texts[key][0] + (FAILED if job.reason == "failed" else piece), job
+        if time.monotonic() - shown > 0.1:
+            shown = time.monotonic()
+            yield texts
+    yield texts
 
 
 def drawing(temperature, top_k, top_p, seed, n):
     """The Config of what the page's sliders say."""
     settings = {"seed": int(seed or 0) % 2**31, "max_new_tokens": int(n)}
-    if temperature == 0:
-        return v8.Config(greedy=True, **settings)
-    return v8.Config(temperature=temperature, top_k=int(top_k), top_p=top_p, **settings)
+    try:
+        if temperature == 0:
+            return v8.Config(greedy=True, **settings)
+        return v8.Config(temperature=temperature, top_k=int(top_k), top_p=top_p, **settings)
+    except SystemExit as error:
+        raise gr.Error(str(error)) from None
+
+
+def card(model, prompt="", text="", job=None):
+    """A model and what it has written."""
+    numbers = {"val_loss": "val loss {:.3f}", "bits_per_char": "{:.2f} bits/char"}
+    facts = [f"{model.params:,} parameters"]
+    facts += [form.format(model.metrics[name]) for name, form in numbers.items() if name in model.metrics]
+    if job and job.seconds:
+        facts.append(f"{job.n_written / job.seconds:,.0f} tokens/s")
+    return (
+        f"<section class='rung' aria-label='{escape(model.name)}'><h3>{escape(model.name)}</h3>"
+        f"<p>{escape(model.idea)}</p><p>{' &middot; '.join(facts)}</p>"
+        f"<pre tabindex='0'><b>{escape(prompt)}</b>{escape(text)}</pre></section>"
+    )
+
+
+def cards(parts):
+    """HTML of several of them."""
+    return f"<div class='rungs'>{''.join(parts)}</div>"
+
+
+def ladder_tab(models, worker, config):
+    """One prompt, continued by every rung."""
+    info = "Shift+Enter continues it, and so does the button"
+    prompt = gr.Textbox("ROMEO:\n", label="Prompt", info=info, lines=2, max_length=config.max_prompt)
+    with gr.Row():
+        n = gr.Slider(10, min(500, config.max_tokens), 150, step=10, label="tokens")
+        temperature = gr.Slider(0, 2, 0.8, step=0.1, label="temperature (0: the likeliest)")
+        seed = gr.Number(1, label="seed", precision=0, minimum=0)
+    go = gr.Button("Continue", variant="primary")
+    page = gr.HTML(cards(card(model) for model in models.values()))
+
+    async def climb(prompt, n, temperature, seed):
+        settings, wanted, refused = drawing(temperature, 0, 1.0, seed, n), {}, {}
+        for name, model in models.items():
+            try:
+                wanted[name] = model, model.encode(prompt), settings
+            except Refused as reason:
+                refused[name] = card(model, text=f"({reason})")
+        async for texts in continuations(worker, wanted):
+            written = {name: card(models[name], prompt, *found) for name, found in texts.items()}
+            yield cards((written | refused)[name] for name in models)
+
+    events, inputs = [go.click, prompt.submit], [prompt, n, temperature, seed]
+    gr.on(events, climb, inputs, page, concurrency_limit=8, show_progress="hidden", api_visibility="private")
 
 
 class Watch(TorchFunctionMode):
@@ -745,14 +762,14 @@ class Watch(TorchFunctionMode):
 
 
 @torch.inference_mode()
-def read(model, prompt, watch=False):
+def read(model, prompt):
     """The logits (V,) that follow a prompt, its ids, and what the heads of each layer attend to."""
     ids = model.encode(prompt)[-model.window :]
     idx = torch.tensor([ids], device=next(model.model.parameters()).device)
     with Watch() as watched:
         logits = model.model(idx)[0, -1]
     layers = watched.layers
-    if watch and model.version == "v2_attention":
+    if model.version == "v2_attention":  # which computes its weights itself
         x = model.model.embed(idx)
         layers = [torch.cat([head.weights(x) for head in model.model.attention.heads])]
     return logits, ids, layers
@@ -794,136 +811,110 @@ def bars(rows):
 
 
 def draw_attention(model, prompt, layer, head):
-    """A heat map of who reads from whom in one head."""
-    _, ids, layers = read(model, prompt, watch=True)
-    fig, ax = plt.subplots(figsize=(6, 6), layout="constrained")
+    """A heat map of who reads from whom in one head, of the last 40 tokens; None without attention."""
+    _, ids, layers = read(model, prompt)
     if not layers:
-        ax.text(0.5, 0.5, f"{model.name} has no attention", ha="center")
-        ax.axis("off")
-    else:
-        layer, head = min(int(layer), len(layers)) - 1, min(int(head), len(layers[0])) - 1
-        n = min(len(ids), 40)
-        labels = [shown(model.tokenizer.decode([i])) for i in ids[-n:]]
-        ax.imshow(layers[layer][head, -n:, -n:].cpu(), cmap="Blues", vmin=0, vmax=1)
-        ax.set(title=f"layer {layer + 1}, head {head + 1}", xlabel="reads from", ylabel="reader")
-        ax.set_xticks(range(n), labels, rotation=90)
-        ax.set_yticks(range(n), labels)
-    plt.close(fig)
+        return None
+    layer, head, n = min(int(layer), len(layers)) - 1, min(int(head), len(layers[0])) - 1, min(len(ids), 40)
+    fig = Figure(figsize=(6, 6), layout="constrained", facecolor="none")
+    ax, labels = fig.subplots(), [shown(model.tokenizer.decode([i])) for i in ids[-n:]]
+    ax.imshow(layers[layer][head, -n:, -n:].cpu(), cmap="Blues", vmin=0, vmax=1)
+    ax.set_title(f"{model.name}: layer {layer + 1} of {len(layers)}, head {head + 1} of {len(layers[0])}")
+    ax.set(xlabel="reads from", ylabel="reader")
+    ax.set_xticks(range(n), labels, rotation=90)
+    ax.set_yticks(range(n), labels)
+    ax.tick_params(colors="gray")
+    for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
+        text.set_color("gray")  # to be read on light and on dark
     return fig
 
 
-def make_page(models):
+def next_token_tab(models, page):
+    """The distribution of the next token, to choose from, and what a head attends to."""
+    names = list(models)
+    with gr.Row():
+        which = gr.Dropdown(names, value=names[-1], label="model")
+        temperature = gr.Slider(0, 2, 1.0, step=0.1, label="temperature (0: the likeliest)")
+        top_k = gr.Slider(0, 50, 0, step=1, label="top-k (0: all)")
+        top_p = gr.Slider(0.05, 1, 1.0, step=0.05, label="top-p (1: all)")
+    prompt = gr.Textbox("ROMEO:\nI", label="Prompt", lines=3, max_length=20_000)
+    chart = gr.HTML()
+    choice = gr.Radio([], label="choose the next token")
+    with gr.Row():
+        layer = gr.Number(1, label="layer", precision=0, minimum=1)
+        head = gr.Number(1, label="head", precision=0, minimum=1)
+    picture = gr.Plot(label="attention: who reads from whom")
+
+    def look(name, prompt, temperature, top_k, top_p, layer, head):
+        try:
+            rows = next_tokens(models[name], prompt, temperature, top_k, top_p)
+            figure = draw_attention(models[name], prompt, layer or 1, head or 1)
+        except Refused as reason:
+            return f"<p>{escape(str(reason))}</p>", gr.Radio(choices=[], value=None), None
+        options = [(f"{shown(text)}  {after:.1%}", text) for _, text, _, after in rows if after]
+        return bars(rows), gr.Radio(choices=options, value=None), figure
+
+    inputs, outputs = [which, prompt, temperature, top_k, top_p, layer, head], [chart, choice, picture]
+    events = [page.load, *(part.change for part in inputs)]
+    private = dict(show_progress="hidden", api_visibility="private")
+    gr.on(events, look, inputs, outputs, trigger_mode="always_last", **private)
+    choice.input(lambda text, new: text + (new or ""), [prompt, choice], prompt, **private)
+
+
+def chat_tab(models, worker):
+    """The models that answer, beside each other."""
+    chatting = [model for model in models.values() if model.chats]
+    if not chatting:
+        return gr.Markdown(NO_CHAT)
+    with gr.Row():
+        boxes = [gr.Chatbot(label=model.name, height=400, min_width=290) for model in chatting]
+    example = "Good morrow, cousin."
+    said = gr.Textbox(label="You (Enter sends)", placeholder=f"{example} Answer as ROMEO.", max_length=2000)
+    clear = gr.Button("Begin anew")
+
+    async def talk(said, *histories):
+        asked = [[*history, {"role": "user", "content": said}] for history in histories]
+        wanted = {}
+        for i, model in enumerate(chatting):
+            turns = [(turn["role"], plain(turn["content"])) for turn in asked[i]]
+            try:
+                wanted[i] = model, model.encode_turns(turns), drawing(0.7, 0, 1.0, len(turns), 100)
+            except Refused as reason:
+                asked[i].append({"role": "assistant", "content": f"({reason})"})
+        async for texts in continuations(worker, wanted):
+            answers = {i: [{"role": "assistant", "content": text}] for i, (text, _) in texts.items()}
+            yield ["", *(history + answers.get(i, []) for i, history in enumerate(asked))]
+        if not wanted:
+            yield ["", *asked]
+
+    private = dict(show_progress="hidden", api_visibility="private")
+    said.submit(talk, [said, *boxes], [said, *boxes], concurrency_limit=8, **private)
+    clear.click(lambda: [[] for _ in boxes], None, boxes, **private)
+
+
+def ask_tab(models):
+    """A question, the passages that are found for it, and the answer of the model that reads them."""
+    chatting = [model for model in models.values() if model.chats]
+    if not chatting:
+        return gr.Markdown(NO_CHAT)
+    question = gr.Textbox("Who says: Asses are made to bear", label="Question (Enter asks)", max_length=2000)
+    answer, passages = gr.Textbox(label=f"Answer of {chatting[0].name}"), gr.HTML()
+    find, outputs = finder(chatting[0]), [passages, answer]
+    question.submit(find, question, outputs, concurrency_limit=1, api_visibility="private")
+
+
+def make_page(models, worker, config):
     """The playground: all rungs side by side, the next token, a conversation, questions about passages."""
-    names, chatting = list(models), [name for name in models if models[name].chats]
     with gr.Blocks(title="The ladder", analytics_enabled=False) as page:
-        gr.Markdown("# The ladder\nOne prompt, every rung.")
+        gr.Markdown("# The ladder\nFrom a table of pairs to a model that answers: one prompt, every rung.")
         with gr.Tab("Ladder"):
-            prompt = gr.Textbox("ROMEO:\n", label="Prompt", lines=3, max_length=20_000)
-            with gr.Row():
-                n = gr.Slider(10, 300, 100, step=10, label="tokens")
-                temperature = gr.Slider(0, 2, 0.8, step=0.1, label="temperature (0: the likeliest)")
-                seed = gr.Number(1, label="seed", precision=0)
-            go = gr.Button("Continue", variant="primary")
-            with gr.Row():
-                cards = [
-                    gr.Textbox(
-                        label=label(models[name]), lines=8, max_lines=8, min_width=300, elem_classes="card"
-                    )
-                    for name in names
-                ]
-
-            async def climb(prompt, n, temperature, seed):
-                config, wanted, texts = drawing(temperature, 0, 1.0, seed, n), {}, {}
-                for name in names:
-                    try:
-                        wanted[name] = models[name], models[name].encode(prompt), config, models[name].end
-                    except Refused as reason:
-                        texts[name] = f"({reason})"
-                async for found, speed in continuations(wanted):
-                    for name, (text, is_done) in found.items():
-                        rate = f"\n\n[{speed.get(name, 0):.0f} tokens/s]" if is_done and name in speed else ""
-                        texts[name] = prompt + text + rate
-                    yield [texts.get(name, "") for name in names]
-                yield [texts.get(name, "") for name in names]
-
-            inputs = [prompt, n, temperature, seed]
-            gr.on(
-                [go.click, prompt.submit], climb, inputs, cards, concurrency_limit=8, api_visibility="private"
-            )
-
+            ladder_tab(models, worker, config)
         with gr.Tab("Next token"):
-            with gr.Row():
-                which = gr.Dropdown(names, value=names[-1], label="model")
-                heat = gr.Slider(0, 2, 1.0, step=0.1, label="temperature")
-                k = gr.Slider(0, 50, 0, step=1, label="top-k (0: all)")
-                p = gr.Slider(0.05, 1, 1.0, step=0.05, label="top-p")
-            text = gr.Textbox("ROMEO:\nI", label="Prompt", lines=3, max_length=20_000)
-            chart = gr.HTML()
-            choice = gr.Radio([], label="choose the next token")
-            with gr.Row():
-                layer = gr.Number(1, label="layer", precision=0, minimum=1)
-                head = gr.Number(1, label="head", precision=0, minimum=1)
-            picture = gr.Plot(label="attention")
-
-            def look(name, prompt, temperature, top_k, top_p, layer, head):
-                try:
-                    rows = next_tokens(models[name], prompt, temperature, top_k, top_p)
-                    options = [(f"{shown(text)}  {after:.1%}", text) for _, text, _, after in rows if after]
-                    figure = draw_attention(models[name], prompt, layer, head)
-                except Refused as reason:
-                    return f"<p>{escape(str(reason))}</p>", gr.Radio(choices=[], value=None), None
-                return bars(rows), gr.Radio(choices=options, value=None), figure
-
-            inputs, outputs = [which, text, heat, k, p, layer, head], [chart, choice, picture]
-            events = [page.load, *(part.change for part in inputs)]
-            gr.on(events, look, inputs, outputs, show_progress="hidden", api_visibility="private")
-            choice.input(lambda text, new: text + (new or ""), [text, choice], text, api_visibility="private")
-
+            next_token_tab(models, page)
         with gr.Tab("Chat"):
-            if not chatting:
-                gr.Markdown("No model has learned to answer yet: `python v8_lora.py` teaches one.")
-            said = gr.Textbox(
-                label="You", placeholder="Good morrow, cousin. Answer as ROMEO.", max_length=2000
-            )
-            with gr.Row():
-                boxes = [
-                    gr.Chatbot(label=label(models[name]), height=400, min_width=300) for name in chatting
-                ]
-            clear = gr.Button("Begin anew")
-
-            async def talk(said, *histories):
-                asked = [[*history, {"role": "user", "content": said}] for history in histories]
-                wanted = {}
-                for i, name in enumerate(chatting):
-                    turns = [(turn["role"], plain(turn["content"])) for turn in asked[i]]
-                    try:
-                        ids = models[name].encode_turns(turns)
-                        wanted[i] = models[name], ids, drawing(0.7, 0, 1.0, 1, 100), models[name].end
-                    except Refused as reason:
-                        asked[i].append({"role": "assistant", "content": f"({reason})"})
-                async for found, _ in continuations(wanted):
-                    answers = [
-                        [*history, {"role": "assistant", "content": found[i][0]}] if i in found else history
-                        for i, history in enumerate(asked)
-                    ]
-                    yield ["", *answers]
-
-            if chatting:
-                said.submit(
-                    talk, [said, *boxes], [said, *boxes], concurrency_limit=8, api_visibility="private"
-                )
-                clear.click(lambda: [[] for _ in boxes], None, boxes, api_visibility="private")
-
+            chat_tab(models, worker)
         with gr.Tab("Ask"):
-            question = gr.Textbox(label="Question", value="Who says: Asses are made to bear", max_length=2000)
-            passages, answer = gr.HTML(), gr.Textbox(label="Answer")
-            if chatting:
-                find = finder(models[chatting[0]])
-                question.submit(
-                    find, question, [passages, answer], concurrency_limit=1, api_visibility="private"
-                )
-            else:
-                gr.Markdown("No model has learned to answer yet: `python v8_lora.py` teaches one.")
+            ask_tab(models)
     return page
 
 
@@ -966,8 +957,6 @@ def finder(model):
 
 def train_first(config):
     """Where there is no model at all, train three small ones."""
-    import subprocess
-
     print(
         f"there is no model in {config.runs}: trains v0, v1 and a short v3 first, a minute on two cores",
         flush=True,

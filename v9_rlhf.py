@@ -63,8 +63,8 @@ TRAINING = ("max_steps", "learning_rate", "warmup_steps", "lr_floor", "grad_clip
 MODEL = ("tokenizer", "vocab_size", "block_size", "n_embd", "n_head", "n_layer", "init_std", "position")
 ROLLOUTS = ("kl_coef", "clip_range", "n_epochs", "n_minibatches")
 # The flags that only some methods have a use for.
-METHODS = {"ppo": (*ROLLOUTS, "gae_lambda"), "grpo": (*ROLLOUTS, "group_size"), "dpo": ("dpo_beta",)}
-METHODS |= {"best_of_n": ("n_best",)}
+METHODS = {"ppo": (*ROLLOUTS, "gae_lambda"), "grpo": (*ROLLOUTS, "group_size")}
+METHODS |= {"dpo": ("dpo_beta", "n_minibatches"), "best_of_n": ("n_best",)}
 JUDGING = ("preferences", "n_replies", "noise", "reward_steps", "reward_batch", "reward_rate", "dropout")
 # Fields that a flag may change when a saved model is loaded; all others stay as they were in its training.
 MAY_CHANGE = {"evaluate": ("device",), "sample": SAMPLING, "resume": (*TRAINING, "base", "device")}
@@ -91,11 +91,11 @@ class Config:
     reward_rate: float = 0.0005  # their peak step size
     n_best: int = 16  # replies among which best_of_n chooses
     kl_coef: float = 0.4  # price of a nat of KL from the base, in standard deviations of the reward
-    dpo_beta: float = 0.1  # how strongly dpo is held to the base
+    dpo_beta: float = 0.3  # how strongly dpo is held to the base
     clip_range: float = 0.2  # how far a ratio of probabilities may move from 1 before it stops to count
     gae_lambda: float = 0.95  # how far a reward reaches back: 0 one token, 1 all of the reply
     n_epochs: int = 2  # times that ppo and grpo go over the replies of a step
-    n_minibatches: int = 4  # parts of these replies, an update each
+    n_minibatches: int = 4  # parts of a step, an update each
     group_size: int = 8  # replies to one prompt that grpo compares
     lora_rank: int = 0  # 0: all weights learn; else a LoRA of that rank, and the base is the model without it
     lora_alpha: float = 16.0  # what an adapter adds is multiplied by lora_alpha / lora_rank
@@ -147,9 +147,11 @@ class Config:
             sys.exit("error: --task read goes with --method grpo only: nobody judges pairs of names")
         if self.group_size < 2 or self.n_replies < 2:
             sys.exit("error: --group_size and --n_replies must be at least 2: replies are compared")
-        if self.batch_size % (self.group_size if self.method == "grpo" else 1):
-            reason = f"is no multiple of --group_size {self.group_size}"
-            sys.exit(f"error: --batch_size {self.batch_size} {reason}")
+        part = "group_size" if self.method == "grpo" else "n_minibatches"
+        if self.batch_size % getattr(self, part):
+            sys.exit(
+                f"error: --batch_size {self.batch_size} is no multiple of --{part} {getattr(self, part)}"
+            )
 
 
 def parse_flags():
@@ -378,15 +380,18 @@ def encode_replies(prompts, replies, device="cpu"):
     return tuple(x.to(device) for x in pad(examples))
 
 
-def get_batch(pairs, n, device="cpu"):
-    """Draw n neighbours of sorted pairs, for a step of one update; return it as train wants it.
+def get_batch(pairs, n, n_parts, device="cpu"):
+    """Draw n pairs for a step of n_parts updates, neighbours of the sorted ones in each; as train wants it.
 
-    The batch is (inputs, targets) of the chosen replies and of the rejected ones.
+    A batch is (inputs, targets) of the chosen replies and of the rejected ones.
     """
-    start = torch.randint(max(1, len(pairs) - n + 1), ()).item()
-    prompts, chosen, rejected = zip(*pairs[start : start + n], strict=True)
-    batch = [encode_replies(prompts, side, device) for side in (chosen, rejected)]
-    return [batch], {"length": sum((y != -100).sum().item() for _, y in batch) / len(prompts)}
+    batches, n_tokens, n = [], 0, min(n // n_parts, len(pairs))
+    for _ in range(n_parts):
+        start = torch.randint(len(pairs) - n + 1, ()).item()
+        prompts, chosen, rejected = zip(*pairs[start : start + n], strict=True)
+        batches.append([encode_replies(prompts, side, device) for side in (chosen, rejected)])
+        n_tokens += sum((y != -100).sum().item() for _, y in batches[-1])
+    return batches, {"length": n_tokens / (n_parts * n)}
 
 
 def windows(ids, config):
@@ -1098,7 +1103,7 @@ def load_judge(base, pairs, test, learning, tokenizer, config, folder):
     if checkpoint["step"] < config.max_steps:
         print(f"a reward model learns from {len(pairs):,} pairs", flush=True)
         judge.train()
-        draw = partial(get_batch, pairs, config.reward_batch)
+        draw = partial(get_batch, pairs, config.reward_batch, 1)
         train(judge, draw, partial(reward_loss, judge), config, checkpoint, "reward_rate", again="")
     judge.eval().requires_grad_(False)
     scores = []  # of the chosen and of the rejected replies
@@ -1362,7 +1367,7 @@ def main():
     reward = partial(score, judge) if judge else asked
     truth = None if config.preferences else asked  # the people behind these pairs cannot be asked
     if config.method == "dpo":
-        draw = partial(get_batch, pairs, config.batch_size, device)
+        draw = partial(get_batch, pairs, config.batch_size, config.n_minibatches, device)
         loss_of = partial(preference_loss, policy, base=base, config=config)
     else:
         draw = make_draw(policy, base, reward, truth, learning, tokenizer, config)

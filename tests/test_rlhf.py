@@ -352,7 +352,7 @@ def test_a_reward_model_learns_pairs_that_can_be_told_apart(tmp_path):
     first = v9.reward_loss(judge, batch_of(test))
     assert first[0].item() == pytest.approx(math.log(2)) and first[1]["accuracy"] == 0  # the head is zero
     loss = partial(v9.reward_loss, judge)
-    v9.train(judge, partial(v9.get_batch, pairs, 16), loss, config, new_run())
+    v9.train(judge, partial(v9.get_batch, pairs, 16, 1), loss, config, new_run())
     loss, shown = v9.reward_loss(judge.eval(), batch_of(test))
     assert shown["accuracy"].item() == 1 and loss.item() < 0.2
 
@@ -471,7 +471,8 @@ def test_pairs_of_texts_become_ids():
         (ab, [2, 3, STOP], [4, STOP]),
         (a, [1] * 4 + [STOP], [2, STOP]),
     ]
-    [((x, y), (x2, y2))], _ = v9.get_batch(found[1:2], 4)
+    [((x, y), (x2, y2))], shown = v9.get_batch(found[1:2], 4, 1)
+    assert shown == {"length": 5}  # of both replies, with their ends
     assert x.tolist() == [[*ab, 2, 3]] and y.tolist() == [[-100] * 3 + [2, 3, STOP]]
     assert x2.tolist() == [[*ab, 4]] and y2.tolist() == [[-100] * 3 + [4, STOP]]
 
@@ -480,8 +481,9 @@ def test_batches_of_pairs_are_neighbours_and_reach_all():
     pairs = [([i % 8], [i % 7, STOP], [i % 5, STOP]) for i in range(6)]
     seen = set()
     torch.manual_seed(0)
-    for _ in range(40):
-        [((x, y), _)], _ = v9.get_batch(pairs, 2)
+    batches, shown = v9.get_batch(pairs, 80, 40)
+    assert len(batches) == 40 and shown == {"length": 4}
+    for (x, y), _ in batches:
         first = x[:, 0].tolist()
         assert first[1] == first[0] + 1 and y[0, 0].item() == first[0] % 7
         seen.add(first[0])
@@ -597,7 +599,7 @@ def set_up(tmp_path, reward=share_of_a, prompts=("ab", "c", "ddd", "e f"), **cha
     if config.method == "dpo":
         return (
             (plain, policy, base),
-            partial(v9.get_batch, pairs, config.batch_size),
+            partial(v9.get_batch, pairs, config.batch_size, 1),
             partial(v9.preference_loss, policy, base=base, config=config),
             config,
         )
@@ -933,7 +935,7 @@ SMALL = (
 SMALL += "--max_new_tokens=8 --n_prompts=30 --n_replies=3 --reward_steps=8 --reward_batch=4".split()
 OWN = {
     "group_size": "grpo",
-    "n_minibatches": "ppo grpo",
+    "n_minibatches": "ppo grpo dpo",
     "batch_size": "ppo grpo dpo",
 }  # flags of SMALL, by method
 SPOKEN = "good love sweet death hate villain the a my lord king".split()
@@ -1417,6 +1419,7 @@ BAD_FLAGS = [
     ("--task=abc", ["--task", "abc", "read"]),
     ("--task=read", ["--task", "--method grpo"]),
     ("--method=grpo --batch_size=9 --group_size=4", ["--batch_size 9", "--group_size 4"]),
+    ("--method=dpo --batch_size=3", ["--batch_size 3", "--n_minibatches 4"]),
     ("--method=grpo --group_size=1", ["--group_size"]),
     ("--n_replies=1", ["--n_replies"]),
     ("--lora_rank=-1", ["--lora_rank -1"]),
@@ -1573,7 +1576,7 @@ REPLIES = {"kl_coef", "clip_range", "n_epochs", "n_minibatches"}
 REFUSED = {name: {*v9.MODEL} for name in WAYS}  # the table says so, not the rung
 REFUSED["ppo"] |= {"n_best", "dpo_beta", "group_size", "lora_alpha", "task"}
 REFUSED["grpo"] |= {"n_best", "dpo_beta", "gae_lambda"}
-REFUSED["dpo"] |= {"n_best", "gae_lambda", "group_size", "lora_alpha", "task"} | REPLIES
+REFUSED["dpo"] |= {"n_best", "gae_lambda", "group_size", "lora_alpha", "task"} | REPLIES - {"n_minibatches"}
 REFUSED["best_of_n"] |= {"dpo_beta", "gae_lambda", "group_size", "lora_alpha", "lora_rank", "task"} | REPLIES
 REFUSED["best_of_n"] |= {"batch_size", "learning_rate", "warmup_steps", "lr_floor", "grad_clip", "max_steps"}
 REFUSED["best_of_n"] |= {"eval_interval"}
@@ -1581,7 +1584,17 @@ REFUSED["read"] |= {"n_best", "dpo_beta", "gae_lambda", "lora_alpha"} | JUDGED
 
 
 OWN_WAY = {"grpo": {"group_size", "kl_coef", "clip_range", "n_epochs", "n_minibatches", "lora_alpha"}}
-OWN_WAY |= {"dpo": {"dpo_beta", "batch_size", "learning_rate", "warmup_steps", "lr_floor", "max_steps"}}
+OWN_WAY |= {
+    "dpo": {
+        "dpo_beta",
+        "n_minibatches",
+        "batch_size",
+        "learning_rate",
+        "warmup_steps",
+        "lr_floor",
+        "max_steps",
+    }
+}
 OWN_WAY |= {"best_of_n": {"n_best", "noise", "temperature", "seed"}, "read": set()}  # where nobody is right
 
 

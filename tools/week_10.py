@@ -61,7 +61,7 @@ def seeds():
 FRONTIER = {
     "ppo": ("kl_coef", (0.1, 1.0)),
     "grpo": ("kl_coef", (0.15, 1.0)),
-    "dpo": ("dpo_beta", (0.03, 0.5)),
+    "dpo": ("dpo_beta", (0.1, 1.0)),
     "best_of_n": ("n_best", (2, 4)),
 }
 
