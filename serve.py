@@ -651,12 +651,12 @@ CSS = """
 .rung { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 10px 14px; }
 .rung { background: var(--block-background-fill); min-width: 0; }
 .rung h3, .rung p { margin: 0 0 4px; }
-.rung p { font-size: 0.85rem; color: var(--body-text-color-subdued); }
+.rung p { font-size: 0.85rem; opacity: 0.8; }
 .rung pre { white-space: pre-wrap; overflow-wrap: anywhere; height: 14em; overflow-y: auto; margin: 6px 0 0; }
 .rung pre, .bars { font: 0.85rem/1.45 ui-monospace, monospace; color: var(--body-text-color); }
-.rung pre b { color: var(--body-text-color-subdued); font-weight: normal; }
+.rung pre b { font-weight: normal; opacity: 0.65; }
 .bars { width: 100%; border-collapse: collapse; }
-.bars td { padding: 1px 6px; white-space: pre; border: 0; }
+.bars tr, .bars td { padding: 1px 6px; white-space: pre; border: 0 !important; }
 .bars td:last-child { width: 99%; }
 .bars div { background: var(--color-accent); height: 1em; min-width: 1px; }
 .passage { border-left: 3px solid var(--border-color-primary); padding-left: 0.8em; white-space: pre-wrap; }
@@ -699,7 +699,8 @@ def drawing(temperature, top_k, top_p, seed, n):
 
 def card(model, prompt="", text="", job=None):
     """A model and what it has written."""
-    numbers = {"val_loss": "val loss {:.3f}", "bits_per_char": "{:.2f} bits/char"}
+    of = " of answers" if model.version == "v8_lora" else ""  # the others' is of plain text
+    numbers = {"val_loss": f"val loss{of} {{:.3f}}", "bits_per_char": "{:.2f} bits/char"}
     facts = [f"{model.params:,} parameters"]
     facts += [form.format(model.metrics[name]) for name, form in numbers.items() if name in model.metrics]
     if job and job.seconds:
@@ -725,7 +726,7 @@ def ladder_tab(models, worker, config):
         temperature = gr.Slider(0, 2, 0.8, step=0.1, label="temperature (0: the likeliest)")
         seed = gr.Number(1, label="seed", precision=0, minimum=0)
     go = gr.Button("Continue", variant="primary")
-    page = gr.HTML(cards(card(model) for model in models.values()))
+    page = gr.HTML(cards(card(model) for model in models.values()), padding=False)
 
     async def climb(prompt, n, temperature, seed):
         settings, wanted, refused = drawing(temperature, 0, 1.0, seed, n), {}, {}
@@ -838,12 +839,12 @@ def next_token_tab(models, page):
         top_k = gr.Slider(0, 50, 0, step=1, label="top-k (0: all)")
         top_p = gr.Slider(0.05, 1, 1.0, step=0.05, label="top-p (1: all)")
     prompt = gr.Textbox("ROMEO:\nI", label="Prompt", lines=3, max_length=20_000)
-    chart = gr.HTML()
+    chart = gr.HTML(padding=False)
     choice = gr.Radio([], label="choose the next token")
     with gr.Row():
         layer = gr.Number(1, label="layer", precision=0, minimum=1)
         head = gr.Number(1, label="head", precision=0, minimum=1)
-    picture = gr.Plot(label="attention: who reads from whom")
+    picture = gr.Plot(label="attention: who reads from whom", show_label=False)
 
     def look(name, prompt, temperature, top_k, top_p, layer, head):
         try:
@@ -867,7 +868,8 @@ def chat_tab(models, worker):
     if not chatting:
         return gr.Markdown(NO_CHAT)
     with gr.Row():
-        boxes = [gr.Chatbot(label=model.name, height=400, min_width=290) for model in chatting]
+        box = partial(gr.Chatbot, height=400, min_width=290, buttons=["copy"])  # none that sends it elsewhere
+        boxes = [box(label=model.name) for model in chatting]
     example = "Good morrow, cousin."
     said = gr.Textbox(label="You (Enter sends)", placeholder=f"{example} Answer as ROMEO.", max_length=2000)
     clear = gr.Button("Begin anew")
@@ -881,11 +883,10 @@ def chat_tab(models, worker):
                 wanted[i] = model, model.encode_turns(turns), drawing(0.7, 0, 1.0, len(turns), 100)
             except Refused as reason:
                 asked[i].append({"role": "assistant", "content": f"({reason})"})
+        yield ["", *asked]  # from here on the box is yours again
         async for texts in continuations(worker, wanted):
             answers = {i: [{"role": "assistant", "content": text}] for i, (text, _) in texts.items()}
-            yield ["", *(history + answers.get(i, []) for i, history in enumerate(asked))]
-        if not wanted:
-            yield ["", *asked]
+            yield [gr.skip(), *(history + answers.get(i, []) for i, history in enumerate(asked))]
 
     private = dict(show_progress="hidden", api_visibility="private")
     said.submit(talk, [said, *boxes], [said, *boxes], concurrency_limit=8, **private)
@@ -898,7 +899,7 @@ def ask_tab(models):
     if not chatting:
         return gr.Markdown(NO_CHAT)
     question = gr.Textbox("Who says: Asses are made to bear", label="Question (Enter asks)", max_length=2000)
-    answer, passages = gr.Textbox(label=f"Answer of {chatting[0].name}"), gr.HTML()
+    answer, passages = gr.Textbox(label=f"Answer of {chatting[0].name}"), gr.HTML(padding=False)
     find, outputs = finder(chatting[0]), [passages, answer]
     question.submit(find, question, outputs, concurrency_limit=1, api_visibility="private")
 
@@ -947,7 +948,7 @@ def finder(model):
             ]
             return "".join(parts), reader.answer([prompt])[0]
         except (Refused, SystemExit, TokenizerError) as reason:
-            return "", f"({str(reason).removeprefix('error: ')})"
+            return "", f"({str(reason).removeprefix('error: ').partition(';')[0]})"
 
     return find
 

@@ -5,7 +5,9 @@ import copy
 import json
 import math
 import re
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -19,7 +21,7 @@ import openai
 import pytest
 import torch
 import uvicorn
-from conftest import run_here, tiny_flags
+from conftest import command, run_here, tiny_flags
 from test_command_line import refused
 from test_rag import VOCAB, save_model
 
@@ -32,10 +34,8 @@ TEXT = "".join(f"{name}:\nGood morrow, cousin, {i}.\n\n" for i in range(80) for 
 OLD = serve.RUNGS[:7]  # trained on TEXT; v8 and v9 have random weights
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def make_runs(folder):
     """A folder of small models, one of each rung, and two that cannot be served."""
-    folder = tmp_path_factory.mktemp("served")
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     for rung in OLD:
         flags = tiny_flags(sys.modules.get(rung) or __import__(rung), block_size=16)
@@ -52,6 +52,12 @@ def runs(tmp_path_factory):
     checkpoint = torch.load(folder / "runs" / "v8_lora" / "checkpoint.pt", weights_only=True)
     torch.save(checkpoint | {"version": "antigravity"}, folder / "runs" / "other" / "checkpoint.pt")
     return folder / "runs"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of the models."""
+    return make_runs(tmp_path_factory.mktemp("served"))
 
 
 class Running:
@@ -275,6 +281,40 @@ def test_half_characters_and_half_stops_are_held_back(start):
     assert chunks[-1].choices[0].finish_reason == "stop"
     found = server.openai.completions.create(**asked, max_tokens=13, stop="END")
     assert found.choices[0].text == "né 界🙂 E" and found.choices[0].finish_reason == "length"
+
+
+@contextlib.contextmanager
+def process(runs):
+    """The server as a process of its own: (it, a client)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    args = [*command("serve"), f"--runs={runs}", f"--port={port}"]
+    with subprocess.Popen(args, stdout=subprocess.PIPE, encoding="utf-8") as server:
+        try:
+            while "serves" not in (line := server.stdout.readline()):
+                assert line or server.poll() is None, "it has ended"
+            url = f"http://127.0.0.1:{port}/v1"
+            with openai.OpenAI(base_url=url, api_key="none", max_retries=5) as client:
+                yield server, client
+        finally:
+            server.kill()
+
+
+def test_after_a_kill_it_answers_the_same_with_the_same_seed(runs):
+    asked = [
+        dict(model=name, prompt="ROMEO:\n", max_tokens=30, seed=4) for name in ("v2_attention", "v9_rlhf")
+    ]
+    answers = []
+    for _ in range(2):
+        with process(runs) as (server, client):
+            stream = client.completions.create(model="v6_amp_ddp", prompt="ROMEO", max_tokens=900, stream=True)
+            answers.append([client.completions.create(**one).choices[0].text for one in asked])
+            next(iter(stream))
+            server.send_signal(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
+            with pytest.raises((openai.APIError, httpx.HTTPError)):
+                list(stream)
+    assert answers[0] == answers[1] and all(answers[0])
 
 
 # ----------------------------------------------- limits -----------------------------------------------
