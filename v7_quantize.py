@@ -274,10 +274,10 @@ class KVCache:
         self.kv = torch.zeros(shape, device=device)
         self.lengths = torch.zeros(n_rows, dtype=torch.long, device=device)  # tokens that each row has
 
-    def row(self, i):
-        """A cache of row i alone, in the same memory."""
+    def part(self, start, end):
+        """A cache of the rows from `start` to before `end` alone, in the same memory."""
         part = copy.copy(self)
-        part.kv, part.lengths = self.kv[:, :, i : i + 1], self.lengths[i : i + 1]
+        part.kv, part.lengths = self.kv[:, :, start:end], self.lengths[start:end]
         return part
 
     def make_room(self, T):
@@ -884,7 +884,7 @@ class Engine:
     @torch.inference_mode()
     def prefill(self, row, sequence):
         """Read the window of a text but for its last id, in one pass."""
-        cache = self.cache.row(row)
+        cache = self.cache.part(row, row + 1)
         cache.lengths.zero_()
         if ids := sequence.ids[sequence.start : -1]:
             self.model.hidden_states(torch.tensor([ids], device=cache.lengths.device), cache)
@@ -895,15 +895,16 @@ class Engine:
         going = {row: sequence for row, sequence in enumerate(self.sequences) if sequence and sequence.n_left}
         if not going:
             return {}
-        T, n_rows, device = self.model.config.block_size, len(self.sequences), self.cache.lengths.device
+        T, n_rows, device = self.model.config.block_size, max(going) + 1, self.cache.lengths.device
         last, lengths = [[0]] * n_rows, [0] * n_rows  # of a row that rests the first place is overwritten
         for row, sequence in going.items():
             if len(sequence.ids) - sequence.start > T:
                 sequence.start = len(sequence.ids) - max(1, T // 2)
                 self.prefill(row, sequence)
             last[row], lengths[row] = sequence.ids[-1:], len(sequence.ids) - 1 - sequence.start
-        self.cache.lengths.copy_(torch.tensor(lengths))
-        x = self.model.hidden_states(torch.tensor(last, device=device), self.cache)
+        cache = self.cache.part(0, n_rows)  # the rows behind the last that goes on cost nothing
+        cache.lengths.copy_(torch.tensor(lengths))
+        x = self.model.hidden_states(torch.tensor(last, device=device), cache)
         logits = self.model.logits(x[:, -1])  # (n_rows, V)
         drawn = [sample_next(logits[row : row + 1], s.config, s.generator) for row, s in going.items()]
         new = dict(zip(going, torch.cat(drawn)[:, 0].tolist(), strict=True))

