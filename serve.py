@@ -15,14 +15,17 @@ import contextlib
 import hmac
 import importlib
 import inspect
+import ipaddress
 import json
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import threading
 import time
+import traceback
 import uuid
 from collections import deque
 from dataclasses import dataclass, fields, replace
@@ -40,9 +43,10 @@ import torch.nn.functional as F
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from matplotlib.figure import Figure
-from pydantic import BaseModel, ConfigDict, Field
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 from torch.overrides import TorchFunctionMode
 
@@ -82,8 +86,9 @@ class Config:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if type(value) in (int, float) and value <= 0:
-                sys.exit(f"error: --{name} {value} is impossible, it must be positive")
+            limit = 2**16 if name == "port" else 2**31
+            if type(value) in (int, float) and not 0 < value < limit:
+                sys.exit(f"error: --{name} {value} is impossible, it must be positive and below {limit}")
         if self.quantize not in v7.KINDS:
             sys.exit(f"error: no --quantize {self.quantize}, choose from: {', '.join(v7.KINDS)}")
 
@@ -124,9 +129,8 @@ class OneByOne:
         return 0
 
     def remove(self, row):
-        """Forget the text; return its ids."""
-        sequence, self.sequences[row] = self.sequences[row], None
-        return sequence.ids
+        """Forget the text."""
+        self.sequences[row] = None
 
     @torch.inference_mode()
     def step(self):
@@ -161,7 +165,8 @@ class Job:
         found = [at for at in map(self.held.find, self.stops) if at >= 0]
         if found:
             self.reason, self.held = "stop", self.held[: min(found)]
-        begun = (n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n]))
+        ends = ((stop, n) for stop in self.stops for n in range(1, min(len(stop), len(self.held) + 1)))
+        begun = (n for stop, n in ends if self.held.endswith(stop[:n]))
         n = len(self.held) - (0 if self.reason else max(begun, default=0))
         shown, self.held, self.gone = self.held[:n], self.held[n:], self.reason is not None
         return shown
@@ -172,7 +177,11 @@ class Served:
 
     def __init__(self, name, folder, config):
         self.name, self.config, self.created = name, config, int((folder / "checkpoint.pt").stat().st_mtime)
-        self.version = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)["version"]
+        try:
+            checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            self.version = checkpoint["version"]
+        except Exception:  # a file that is cut short or something else altogether
+            raise ValueError("its checkpoint cannot be read") from None
         if self.version not in RUNGS:
             raise ValueError(f"it was saved by {self.version}")
         rung = importlib.import_module(self.version)
@@ -197,22 +206,39 @@ class Served:
         self.params = sum(p.numel() for p in checkpoint["model"].values())
         self.idea = rung.__doc__.split("\n")[0].split(": ", 1)[1]
         self.metrics = {}
-        with contextlib.suppress(OSError, ValueError):
-            self.metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+            self.metrics = {name: x for name, x in found.items() if isinstance(x, int | float)}
         self.chats = self.version in CHATTING
-        self.end = self.tokenizer.special_tokens.get("<|endoftext|>")  # None: it was never taught to end
-        self.waiting, self.working = deque(), {}  # row: (job, when it must end)
+        self.ends = {*self.tokenizer.special_tokens.values()}  # what ends a text: <|endoftext|>, another turn
+        self.waiting, self.working = (
+            deque(),
+            {},
+        )  # deques of jobs, one a request; row: (job, when it must end)
+        self.n_read = self.n_drawn = 0  # tokens since the start
+
+    @property
+    def n_waiting(self):
+        """How many texts wait."""
+        return sum(map(len, self.waiting))
+
+    def check_length(self, text, param):
+        """Refused if a text is longer than may be asked for."""
+        if len(text) > self.config.max_prompt:
+            raise Refused(f"a prompt has at most {self.config.max_prompt:,} characters", param=param)
 
     def encode(self, text):
-        """Text to ids, of an empty one where a sample starts; Refused if the vocabulary lacks a character."""
+        """The ids of a text; of an empty one, those of a line break. Refused if it cannot be read."""
+        self.check_length(text, "prompt")
         try:
-            return self.tokenizer.encode(text) or self.tokenizer.encode("\n") or [0]
+            return self.tokenizer.encode(text or "\n")
         except (SystemExit, TokenizerError) as error:
             reason = str(error).removeprefix("error: ").partition(";")[0]
             raise Refused(f"{self.name} cannot read this prompt: {reason}", param="prompt") from None
 
     def encode_turns(self, turns):
         """A conversation, a list of (role, text), to ids; the oldest turns are left out where it is long."""
+        self.check_length("".join(text for _, text in turns), "messages")
         try:
             fitting = v8.Config(block_size=self.window, max_new_tokens=min(100, self.window // 2))
             return v8.fit_window(turns, self.tokenizer, fitting)
@@ -220,28 +246,46 @@ class Served:
             reason = str(error).removeprefix("error: ").partition(";")[0]
             raise Refused(f"{self.name} cannot read this: {reason}", param="messages") from None
 
-    def step(self):
-        """Take in what waits while there are rows, then draw a token for each row."""
-        start = time.monotonic()
-        while self.waiting and None in self.engine.sequences:
-            job = self.waiting.popleft()
-            if not job.gone:
-                row = self.engine.sequences.index(None)  # which is where add puts it
-                self.working[row] = job, time.monotonic() + self.config.max_seconds
-                self.engine.add(job.ids, job.config, self.end)
-        new, seconds = self.engine.step() if self.working else {}, time.monotonic() - start
+    def take(self):
+        """The jobs that get a row now, of each request that waits one in turn."""
+        taken = []
+        while self.waiting and len(taken) < self.engine.sequences.count(None):
+            jobs = self.waiting.popleft()
+            job = jobs.popleft()
+            if jobs:
+                self.waiting.append(jobs)  # the others of this request go behind those of other requests
+            taken += [] if job.gone else [job]
+        return taken
+
+    def step(self, taken):
+        """Read the prompts of the jobs that were taken, then draw a token for each row."""
+        start, end = time.monotonic(), self.tokenizer.special_tokens.get("<|endoftext|>")
+        for job in taken:
+            try:
+                row = self.engine.add(job.ids, job.config, end)
+            except Exception:
+                traceback.print_exc()
+                job.put((job, "failed"))
+                continue
+            self.working[row] = job, time.monotonic() + self.config.max_seconds
+            self.n_read += len(job.ids)
+        new = self.engine.step() if self.working else {}
+        self.n_drawn += len(new)
+        seconds = time.monotonic() - start
         for row, (job, deadline) in list(self.working.items()):
             job.seconds += seconds
-            if row in new and new[row] != self.end:
-                job.put((job, new[row]))
+            if new[row] in self.ends:
+                self.free(row, "stop")
+                continue
+            job.put((job, new[row]))
             if not self.engine.sequences[row].n_left or job.gone or time.monotonic() > deadline:
-                self.free(row, "stop" if new.get(row) == self.end else "length")
+                self.free(row, "length")  # which is also said when the time is over
 
     def free(self, row, reason):
         """End what is in a row."""
         job, _ = self.working.pop(row)
         job.put((job, reason))
-        self.engine.sequences[row] = None
+        self.engine.remove(row)
 
 
 class Worker(threading.Thread):
@@ -255,11 +299,17 @@ class Worker(threading.Thread):
     def submit(self, jobs):
         """Let jobs wait for their model; Refused if too many do."""
         model = jobs[0].model
+        limit = model.config.max_waiting
+        if len(jobs) > limit:
+            raise Refused(f"at most {limit} texts can be asked for at once, not {len(jobs)}")
         with self.changed:
-            if len(model.waiting) + len(jobs) > model.config.max_waiting:
-                reason = f"{len(model.waiting)} requests wait for {model.name} already"
-                raise Refused(reason, 429, "overloaded")
-            model.waiting.extend(jobs)
+            waiting = ([job for job in request if not job.gone] for request in model.waiting)
+            model.waiting = deque(
+                deque(request) for request in waiting if request
+            )  # who has left frees a place
+            if model.n_waiting + len(jobs) > limit:
+                raise Refused(f"{model.n_waiting} texts wait for {model.name} already", 429, "overloaded")
+            model.waiting.append(deque(jobs))
             self.changed.notify()
 
     def run(self):
@@ -268,10 +318,12 @@ class Worker(threading.Thread):
             with self.changed:
                 self.changed.wait_for(lambda: any(m.waiting or m.working for m in self.models))
             for model in self.models:
+                with self.changed:
+                    taken = model.take()
                 try:
-                    model.step()
-                except Exception as error:  # a bug: those at work are told, the server goes on
-                    print(f"error: {model.name}: {error!r}", file=sys.stderr)
+                    model.step(taken)
+                except (Exception, SystemExit):  # a bug: those at work are told, the server goes on
+                    traceback.print_exc()
                     for row in list(model.working):
                         model.free(row, "failed")
 
@@ -318,16 +370,28 @@ def find_models(config):
 # -------------------------------------------- requests --------------------------------------------
 
 Text = Annotated[str, Field(max_length=100_000)]
+Stop = Annotated[str, Field(min_length=1, max_length=200)]
 # Of what is not supported, the values that change nothing.
 Zero = Annotated[float | None, Field(ge=0, le=0)]
 One = Annotated[int | None, Field(ge=1, le=1)]
 No = Annotated[bool | None, Field(le=False)]
 
 
-class Asked(BaseModel):
-    """What completions and chat completions may ask for. What is not supported is refused, not ignored."""
+class Strict(BaseModel):
+    """Takes what it knows and refuses the rest; null is as if it had not been said."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_null(cls, body):
+        """The body without what is null."""
+        return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
+
+
+class Asked(Strict):
+    """What completions and chat completions may ask for. What is not supported is refused, not ignored."""
+
     model: Text
     stream: bool = False
     stream_options: dict[Literal["include_usage"], bool] | None = None
@@ -335,8 +399,8 @@ class Asked(BaseModel):
     temperature: float | None = Field(1.0, ge=0, le=10, allow_inf_nan=False)
     top_p: float | None = Field(1.0, gt=0, le=1, allow_inf_nan=False)
     n: int | None = Field(1, ge=1, le=16)
-    seed: int | None = Field(None, ge=0, lt=2**31)
-    stop: Text | list[Text] | None = Field(None)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] = []
     user: Text | None = None  # who asks: taken in, of no use here
     presence_penalty: Zero = 0
     frequency_penalty: Zero = 0
@@ -353,18 +417,16 @@ class Completion(Asked):
     logprobs: None = None
 
 
-class Part(BaseModel):
+class Part(Strict):
     """A part of a message."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     type: Literal["text"]
     text: Text
 
 
-class Message(BaseModel):
+class Message(Strict):
     """A turn. A system message is what the model reads before the questions: its context."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[Part]
     name: Text | None = None
@@ -379,7 +441,7 @@ class Message(BaseModel):
 class ChatCompletion(Asked):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=100)]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: No = False
     top_logprobs: None = None
@@ -401,15 +463,7 @@ def sampling(asked, config):
     temperature = 1.0 if asked.temperature is None else asked.temperature
     if temperature == 0:
         return v8.Config(greedy=True, max_new_tokens=n)
-    return v8.Config(temperature=max(temperature, 1e-3), top_p=asked.top_p or 1.0, max_new_tokens=n)
-
-
-def stops_of(asked):
-    """The texts that end an answer."""
-    stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
-    if len(stops) > 4 or "" in stops:
-        raise Refused("stop takes at most four texts, none of them empty", param="stop")
-    return stops
+    return v8.Config(temperature=max(temperature, 1e-3), top_p=max(asked.top_p, 1e-4), max_new_tokens=n)
 
 
 # ---------------------------------------------- HTTP ----------------------------------------------
@@ -421,9 +475,22 @@ def told(reason):
     return {"error": body}
 
 
+def is_number(host):
+    """Whether a host is an address and no name: 127.0.0.1, [::1]."""
+    try:
+        return bool(ipaddress.ip_address(host.strip("[]")))
+    except ValueError:
+        return False
+
+
 def answer_of(reason, headers=None):
     """The answer to a request that is Refused."""
     return JSONResponse(told(reason), reason.status, headers)
+
+
+# The routes of Gradio that the page asks for. What else it offers, such as files and uploads, is not found.
+QUEUE = "queue/(join|data)$|cancel$|reset$|heartbeat/|startup-events$"
+PAGE = rf"/($|config$|theme\.css$|favicon\.ico$|(assets|static)/|gradio_api/({QUEUE}))"
 
 
 class Guard:
@@ -431,8 +498,7 @@ class Guard:
 
     def __init__(self, api, page, config, count):
         self.api, self.page, self.config, self.count = api, page, config, count
-        known = {"localhost", "127.0.0.1", "[::1]", *config.names.split(",")} - {""}
-        self.hosts = known | ({config.host} - {"0.0.0.0", "::"})
+        self.hosts = {"localhost", *(name.strip().lower() for name in config.names.split(","))} - {""}
 
     async def __call__(self, scope, receive, send):
         """An ASGI application (Python's standard for asynchronous web servers)."""
@@ -459,14 +525,17 @@ class Guard:
             login = {"WWW-Authenticate": 'Basic realm="the key is the password"'}  # a browser asks for it
             refusal = answer_of(reason, login if reason.status == 401 else None)
             return await refusal(scope, receive, counted)
-        is_api = re.match("/(v1|health|metrics)(/|$)", scope["path"])
-        await (self.api if is_api else self.page)(scope, limited, counted)
+        await (self.page if re.match(PAGE, scope["path"]) else self.api)(scope, limited, counted)
 
     def check(self, headers):
         """Refused if a request with these headers may not go on."""
-        host = re.sub(r":\d+$", "", headers.get(b"host", b"").decode("latin-1")).lower()
-        if host not in self.hosts and "*" not in self.hosts:  # a page elsewhere may have named our address
+        address = headers.get(b"host", b"").decode("latin-1").lower()
+        host = re.sub(r":\d+$", "", address)
+        if host not in self.hosts and not is_number(host):  # a page elsewhere may have named our address
             raise Refused(f"this server is not called {host!r}, see --names", 421, "invalid_host")
+        origin = headers.get(b"origin", b"").decode("latin-1").lower()
+        if origin and origin.partition("://")[2] != address:
+            raise Refused(f"a page of {origin!r} may not ask this server", 403, "cross_origin")
         kind, _, given = headers.get(b"authorization", b"").partition(b" ")
         if kind.lower() == b"basic":  # from a browser: any name, and the key as the password
             with contextlib.suppress(ValueError):
@@ -478,23 +547,37 @@ class Guard:
             raise Refused(f"a request has at most {self.config.max_body:,} bytes", 413, "too_large")
 
 
+class Numbers:
+    """What /metrics tells of each model, read when it is asked for."""
+
+    def __init__(self, models):
+        self.models = models
+
+    def collect(self):
+        """As Prometheus' client wants it."""
+        kinds = [CounterMetricFamily("tokens", "tokens drawn", labels=["model"])]
+        kinds += [CounterMetricFamily("prompt_tokens", "tokens read", labels=["model"])]
+        kinds += [GaugeMetricFamily("waiting", "texts that wait", labels=["model"])]
+        kinds += [GaugeMetricFamily("working", "texts at work", labels=["model"])]
+        for model in self.models:
+            numbers = (model.n_drawn, model.n_read, model.n_waiting, len(model.working))
+            for kind, number in zip(kinds, numbers, strict=True):
+                kind.add_metric([model.name], number)
+        return kinds
+
+
 def make_app(models, config):
     """The server of {name: Served}."""
     app = FastAPI(title="serve.py", docs_url=None, redoc_url=None, openapi_url=None)
     worker, registry = Worker(list(models.values())), prometheus_client.CollectorRegistry()
 
-    def metric(kind, name, meaning, labels):
-        return kind(name, meaning, labels, registry=registry)
-
-    requests = metric(prometheus_client.Counter, "requests", "requests by status", ["route", "status"])
-    tokens = metric(prometheus_client.Counter, "tokens", "tokens drawn", ["model"])
-    prompt_tokens = metric(prometheus_client.Counter, "prompt_tokens", "tokens read", ["model"])
-    seconds = metric(prometheus_client.Histogram, "first_token_seconds", "until a first token", ["model"])
-    waiting = metric(prometheus_client.Gauge, "waiting", "texts that wait", ["model"])
-    working = metric(prometheus_client.Gauge, "working", "texts at work", ["model"])
-    for model in models.values():
-        waiting.labels(model.name).set_function(lambda model=model: len(model.waiting))
-        working.labels(model.name).set_function(lambda model=model: len(model.working))
+    requests = prometheus_client.Counter(
+        "requests", "requests by status", ["route", "status"], registry=registry
+    )
+    seconds = prometheus_client.Histogram(
+        "first_token_seconds", "until a first token", ["model"], registry=registry
+    )
+    registry.register(Numbers(models.values()))
 
     @app.exception_handler(Refused)
     async def refused(request, reason):
@@ -508,14 +591,17 @@ def make_app(models, config):
 
     @app.exception_handler(HTTPException)
     async def http(request, reason):
-        return answer_of(Refused(reason.detail, reason.status_code))
+        code = "too_large" if reason.status_code == 413 else "invalid_request_error"
+        return answer_of(Refused(reason.detail, reason.status_code, code))
 
     def count(path, status):
-        route = path if path in {route.path for route in app.routes} else "other"
-        requests.labels(route, status).inc()
+        path = re.sub("^/v1/models/.+", "/v1/models/{name}", path)
+        requests.labels(path if path in routes else "other", status).inc()
 
     @app.get("/health")
     async def health():
+        if not worker.is_alive():
+            raise Refused("the thread that draws has ended", 503, "server_error")
         return {"status": "ok", "models": len(models)}
 
     @app.get("/metrics")
@@ -546,8 +632,6 @@ def make_app(models, config):
     async def complete(asked: Completion, request: Request):
         model = find(asked.model)
         prompts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
-        if sum(map(len, prompts)) > config.max_prompt:
-            raise Refused(f"a prompt has at most {config.max_prompt:,} characters", param="prompt")
         return await respond(asked, request, model, [model.encode(prompt) for prompt in prompts])
 
     @app.post("/v1/chat/completions")
@@ -557,16 +641,16 @@ def make_app(models, config):
             able = ", ".join(name for name, other in models.items() if other.chats) or "none"
             raise Refused(f"{model.name} has not learned to answer; those that have: {able}", param="model")
         turns = [message.turn for message in asked.messages]
-        if turns[-1][0] != "user" or sum(len(text) for _, text in turns) > config.max_prompt:
-            reason = f"the last message must be the user's, all at most {config.max_prompt:,} characters"
-            raise Refused(reason, param="messages")
+        if turns[-1][0] != "user":
+            raise Refused("the last message must be the user's", param="messages")
         return await respond(asked, request, model, [model.encode_turns(turns)])
 
     async def respond(asked, request, model, prompts):
         """Answer a request: continue each list of ids, asked.n times."""
         start, chatting, n = time.monotonic(), isinstance(asked, ChatCompletion), asked.n or 1
         seed = random.randrange(2**30) if asked.seed is None else asked.seed
-        news, settings, stops = asyncio.Queue(), sampling(asked, config), stops_of(asked)
+        news, settings = asyncio.Queue(), sampling(asked, config)
+        stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop
         put = partial(asyncio.get_running_loop().call_soon_threadsafe, news.put_nowait)
         jobs = [
             Job(model, ids, replace(settings, seed=(seed + i) % 2**31), put, stops)
@@ -577,21 +661,18 @@ def make_app(models, config):
         head = {"id": f"{'chatcmpl' if chatting else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time())}
         head |= {"model": model.name, "object": kind + ".chunk" * (chatting and asked.stream)}
         n_read = sum(map(len, prompts))
-        prompt_tokens.labels(model.name).inc(n_read)
 
         async def pieces():
             """What is new as it comes: (number of the job, text, why it has ended or None)."""
             waited = False
-            try:
-                async for job, piece in follow(jobs, news):
+            async with contextlib.aclosing(follow(jobs, news)) as texts:
+                async for job, piece in texts:
                     if not waited:
                         seconds.labels(model.name).observe(time.monotonic() - start)
                     waited = True
                     if job.reason == "failed":
                         raise Refused(FAILED, 500, "server_error")
                     yield jobs.index(job), piece, job.reason
-            finally:
-                tokens.labels(model.name).inc(sum(job.n_written for job in jobs))
 
         def choice(i, text, reason, role="assistant"):
             said = ({"role": role} if role else {}) | {"content": text}
@@ -630,17 +711,20 @@ def make_app(models, config):
             now = {"Cache-Control": "no-store"}
             return StreamingResponse(events(), media_type="text/event-stream", headers=now)
         answer, leaving = asyncio.create_task(whole()), asyncio.create_task(request.receive())
-        await asyncio.wait({answer, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        leaving.cancel()
-        if not answer.done():  # the client has left
+        try:
+            await asyncio.wait({answer, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            return answer.result() if answer.done() else Response(status_code=499)  # the client has left
+        finally:
             answer.cancel()
-        return await answer
+            leaving.cancel()
 
+    routes = {route.path for route in app.routes}
     page = make_page(models, worker, config)
     fonts = [gr.themes.Font("system-ui"), "sans-serif"]  # no font from elsewhere
     theme = gr.themes.Default(font=fonts, font_mono=[gr.themes.Font("ui-monospace"), "monospace"])
     settings = {"theme": theme, "css": CSS, "footer_links": [], "ssr_mode": False}
-    page_app = gr.mount_gradio_app(FastAPI(), page, path="/", **settings)
+    bare = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    page_app = gr.mount_gradio_app(bare, page.queue(max_size=64), path="/", **settings)
     return Guard(app, page_app, config, count)
 
 
@@ -677,12 +761,13 @@ async def continuations(worker, wanted):
             worker.submit([job])
         except Refused as reason:
             texts[key], job.reason = (f"({reason})", job), "refused"
-    async for job, piece in follow([job for job in jobs if not job.reason], news):
-        key = jobs[job]
-        texts[key] = texts[key][0] + (FAILED if job.reason == "failed" else piece), job
-        if time.monotonic() - shown > 0.1:
-            shown = time.monotonic()
-            yield texts
+    async with contextlib.aclosing(follow([job for job in jobs if not job.reason], news)) as pieces:
+        async for job, piece in pieces:
+            key = jobs[job]
+            texts[key] = texts[key][0] + (FAILED if job.reason == "failed" else piece), job
+            if time.monotonic() - shown > 0.1:
+                shown = time.monotonic()
+                yield texts
     yield texts
 
 
@@ -692,6 +777,7 @@ def drawing(temperature, top_k, top_p, seed, n):
     try:
         if temperature == 0:
             return v8.Config(greedy=True, **settings)
+        temperature, top_p = max(temperature, 1e-3), max(top_p, 1e-4)
         return v8.Config(temperature=temperature, top_k=int(top_k), top_p=top_p, **settings)
     except SystemExit as error:
         raise gr.Error(str(error)) from None
@@ -757,7 +843,7 @@ class Watch(TorchFunctionMode):
             scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
             if (mask := kwargs.get("attn_mask")) is not None and mask.dtype != torch.bool:
                 scores = scores + mask
-            later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
             self.layers.append(scores.masked_fill(later, -torch.inf).softmax(dim=-1))
         return function(*args, **kwargs)
 
@@ -801,6 +887,14 @@ def next_tokens(model, prompt, temperature, top_k, top_p, n=12):
     return [(i, model.tokenizer.decode([i]), before[i].item(), drawn[j].item()) for j, i in enumerate(ids)]
 
 
+def is_text(model, i, text):
+    """Whether a prompt can end with this token: not half a character, nor the end of a turn."""
+    try:
+        return model.encode(text) == [i]
+    except Refused:
+        return False
+
+
 def bars(rows):
     """next_tokens as a table of bars."""
     lines = [
@@ -822,15 +916,15 @@ def draw_attention(model, prompt, layer, head):
     ax.imshow(layers[layer][head, -n:, -n:].cpu(), cmap="Blues", vmin=0, vmax=1)
     ax.set_title(f"{model.name}: layer {layer + 1} of {len(layers)}, head {head + 1} of {len(layers[0])}")
     ax.set(xlabel="reads from", ylabel="reader")
-    ax.set_xticks(range(n), labels, rotation=90)
-    ax.set_yticks(range(n), labels)
+    ax.set_xticks(range(n), labels, rotation=90, parse_math=False)
+    ax.set_yticks(range(n), labels, parse_math=False)
     ax.tick_params(colors="gray")
     for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
         text.set_color("gray")  # to be read on light and on dark
     return fig
 
 
-def next_token_tab(models, page):
+def next_token_tab(models, page, config):
     """The distribution of the next token, to choose from, and what a head attends to."""
     names = list(models)
     with gr.Row():
@@ -838,7 +932,7 @@ def next_token_tab(models, page):
         temperature = gr.Slider(0, 2, 1.0, step=0.1, label="temperature (0: the likeliest)")
         top_k = gr.Slider(0, 50, 0, step=1, label="top-k (0: all)")
         top_p = gr.Slider(0.05, 1, 1.0, step=0.05, label="top-p (1: all)")
-    prompt = gr.Textbox("ROMEO:\nI", label="Prompt", lines=3, max_length=20_000)
+    prompt = gr.Textbox("ROMEO:\nI", label="Prompt", lines=3, max_length=config.max_prompt)
     chart = gr.HTML(padding=False)
     choice = gr.Radio([], label="choose the next token")
     with gr.Row():
@@ -852,7 +946,8 @@ def next_token_tab(models, page):
             figure = draw_attention(models[name], prompt, layer or 1, head or 1)
         except Refused as reason:
             return f"<p>{escape(str(reason))}</p>", gr.Radio(choices=[], value=None), None
-        options = [(f"{shown(text)}  {after:.1%}", text) for _, text, _, after in rows if after]
+        can = [(text, after) for i, text, _, after in rows if after and is_text(models[name], i, text)]
+        options = [(f"{shown(text)}  {after:.1%}", text) for text, after in can]
         return bars(rows), gr.Radio(choices=options, value=None), figure
 
     inputs, outputs = [which, prompt, temperature, top_k, top_p, layer, head], [chart, choice, picture]
@@ -875,10 +970,13 @@ def chat_tab(models, worker):
     clear = gr.Button("Begin anew")
 
     async def talk(said, *histories):
-        asked = [[*history, {"role": "user", "content": said}] for history in histories]
-        wanted = {}
+        # Text alone: Gradio would open whatever else a browser sends back, such as the path of a file.
+        kept = [
+            [{"role": t["role"], "content": plain(t["content"])} for t in history] for history in histories
+        ]
+        asked, wanted = [[*history, {"role": "user", "content": said}] for history in kept], {}
         for i, model in enumerate(chatting):
-            turns = [(turn["role"], plain(turn["content"])) for turn in asked[i]]
+            turns = [(turn["role"], turn["content"]) for turn in asked[i]]
             try:
                 wanted[i] = model, model.encode_turns(turns), drawing(0.7, 0, 1.0, len(turns), 100)
             except Refused as reason:
@@ -893,15 +991,33 @@ def chat_tab(models, worker):
     clear.click(lambda: [[] for _ in boxes], None, boxes, **private)
 
 
-def ask_tab(models):
-    """A question, the passages that are found for it, and the answer of the model that reads them."""
+def ask_tab(models, worker, config):
+    """A question, the passages that are found for it, and the answer of the model that reads the best."""
     chatting = [model for model in models.values() if model.chats]
     if not chatting:
         return gr.Markdown(NO_CHAT)
+    model, find = chatting[0], finder(chatting[0], config)
     question = gr.Textbox("Who says: Asses are made to bear", label="Question (Enter asks)", max_length=2000)
-    answer, passages = gr.Textbox(label=f"Answer of {chatting[0].name}"), gr.HTML(padding=False)
-    find, outputs = finder(chatting[0]), [passages, answer]
-    question.submit(find, question, outputs, concurrency_limit=1, api_visibility="private")
+    answer, passages = gr.Textbox(label=f"Answer of {model.name}"), gr.HTML(padding=False)
+
+    async def ask(question):
+        try:
+            model.check_length(question, "question")
+            found = await asyncio.to_thread(find, question)
+            asked = question if question[-1] in ".?!" else question + "?"
+            ids = model.encode_turns([("context", found[0][1].shown), ("user", asked)])
+        except (Refused, SystemExit, TokenizerError) as reason:
+            yield "", f"({str(reason).removeprefix('error: ').partition(';')[0]})"
+            return
+        parts = [
+            f"<div class='passage{' read' * (i == 0)}'><b>{score:.2f}</b> {escape(passage.place)}\n"
+            f"{escape(passage.shown)}</div>"
+            for i, (score, passage) in enumerate(found)
+        ]
+        async for texts in continuations(worker, {0: (model, ids, drawing(0, 0, 1.0, 0, 32))}):
+            yield "".join(parts), texts[0][0]
+
+    question.submit(ask, question, [passages, answer], concurrency_limit=1, api_visibility="private")
 
 
 def make_page(models, worker, config):
@@ -911,44 +1027,37 @@ def make_page(models, worker, config):
         with gr.Tab("Ladder"):
             ladder_tab(models, worker, config)
         with gr.Tab("Next token"):
-            next_token_tab(models, page)
+            next_token_tab(models, page, config)
         with gr.Tab("Chat"):
             chat_tab(models, worker)
         with gr.Tab("Ask"):
-            ask_tab(models)
+            ask_tab(models, worker, config)
     return page
 
 
 def plain(content):
-    """The text of what a Chatbot holds."""
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    """The text of what a Chatbot holds: a text, or parts of which some are no text."""
+    parts = [content] if isinstance(content, str | dict) else content or []
+    return "".join(part if isinstance(part, str) else str(part.get("text") or "") for part in parts)
 
 
-def finder(model):
-    """A function from a question to its passages as HTML and the answer; the index is opened at the first."""
+def finder(model, config):
+    """A function from a question to the passages for it, best first; the index is opened at the first."""
+    settings = rag.Config(
+        model=str(model.folder), out_dir=str(Path(config.runs, "rag")), device=config.device
+    )
     opened = []
 
     def find(question):
-        try:
-            if not re.search(r"\w", question):
-                raise Refused("the question is empty")
-            if not opened:
-                settings = rag.Config(model=str(model.folder))
-                library = rag.Library(settings, rag.HashedWords()).open(rag.read_texts(settings))
-                opened.extend([library, rag.Reader(settings)])
-            library, reader = opened
-            found = library.search(question, 3)
-            if found[0][0] < library.embedder.threshold:
-                return "", f"nothing found: the best passage scores {found[0][0]:.2f}"
-            prompt, _ = reader.prompt(question, [found[0][1]])
-            parts = [
-                f"<div class='passage{' read' * (i == 0)}'><b>{score:.2f}</b> {escape(p.place)}\n"
-                f"{escape(p.shown)}</div>"
-                for i, (score, p) in enumerate(found)
-            ]
-            return "".join(parts), reader.answer([prompt])[0]
-        except (Refused, SystemExit, TokenizerError) as reason:
-            return "", f"({str(reason).removeprefix('error: ').partition(';')[0]})"
+        """[(score, passage)], none if the best is too bad."""
+        if not re.search(r"\w", question):
+            raise Refused("the question is empty")
+        if not opened:
+            opened.append(rag.Library(settings, rag.HashedWords()).open(rag.read_texts(settings)))
+        found = opened[0].search(question, settings.show)
+        if found[0][0] < opened[0].embedder.threshold:
+            raise Refused(f"nothing found: the best passage scores {found[0][0]:.2f}")
+        return found
 
     return find
 
@@ -969,8 +1078,28 @@ def train_first(config):
             sys.exit(f"error: {script} has failed")
 
 
+def check_address(config):
+    """Return where the server can be reached; exits if it cannot listen there."""
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix")
+            one.bind(place)
+    except OSError as error:
+        sys.exit(
+            f"error: cannot listen at {config.host}, port {config.port} ({error}); see --host and --port"
+        )
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+    if not KEY and not (is_number(host) and ipaddress.ip_address(place[0]).is_loopback):
+        print(
+            "note: others can reach this server; SERVE_API_KEY in the environment sets a key", file=sys.stderr
+        )
+    return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
+
+
 def main():
     config = parse_flags()
+    address = check_address(config)
     if not any(Path(config.runs).glob("*/checkpoint.pt")):
         train_first(config)
     models = find_models(config)
@@ -978,10 +1107,13 @@ def main():
         sys.exit(f"error: no model in {config.runs} can be served")
     for name, model in models.items():
         print(f"{name:>20} {model.version}, {model.params:,} parameters")
-    address = f"http://{config.host}:{config.port}"
     print(f"serves {len(models)} models: the page {address}, the API {address}/v1", flush=True)
-    uvicorn.run(make_app(models, config), host=config.host, port=config.port, log_level="warning")
+    settings = {"log_level": "warning", "timeout_graceful_shutdown": 2}
+    uvicorn.run(make_app(models, config), host=config.host, port=config.port, **settings)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell says it of Ctrl-C

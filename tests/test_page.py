@@ -3,7 +3,6 @@
 import shutil
 
 import pytest
-import torch
 from playwright.sync_api import Error, expect, sync_playwright
 from test_serve import TEXT, Running, make_runs
 
@@ -122,17 +121,11 @@ def test_long_prompts_and_characters_that_a_vocabulary_lacks(opened, running):
     texts(page)
     is_done(page, running)
     cut = prompt[:20_000]
-    shown = texts(page)
-    assert shown["v3_gpt"] in (
-        prompt + written(running, "v3_gpt", cut),
-        cut + written(running, "v3_gpt", cut),
-    )
+    assert page.get_by_label("Prompt").input_value() == cut
+    assert texts(page)["v3_gpt"] == cut + written(running, "v3_gpt", cut)
     page.get_by_label("Prompt").fill("ROMEO: 日本")
     page.get_by_role("button", name="Continue").click()
     expect(page.locator(".rung").filter(has_text="cannot read this prompt")).to_have_count(10)
-    page.get_by_label("Prompt").fill("<b>&amp;")
-    page.get_by_role("button", name="Continue").click()
-    expect(page.locator(".rung pre").first).to_contain_text("<" if "<" in TEXT else "cannot read")
     page.get_by_label("Prompt").fill("ROMEO")
     page.get_by_role("button", name="Continue").click()
     texts(page)
@@ -164,7 +157,6 @@ def test_the_models_that_answer_do_so_beside_each_other(opened, running):
         page.get_by_label("You").press("Enter")
         expect(page.locator(".bot.message")).to_have_count(2 * n + 2)
         is_done(page, running)
-    torch.manual_seed(0)
     asked = dict(messages=[{"role": "user", "content": "Good morrow"}], temperature=0.7, seed=1)
     for i, name in enumerate(("v8_lora", "v9_rlhf")):
         answer = running.openai.chat.completions.create(model=name, **asked).choices[0].message.content
@@ -187,6 +179,25 @@ def test_a_question_is_answered_with_its_passages(opened, tmp_path, monkeypatch)
     page.get_by_label("Question").fill("?")
     page.get_by_label("Question").press("Enter")
     expect(page.get_by_label("Answer")).to_have_value("(the question is empty)")
+
+
+def test_what_a_card_shows_is_text_and_no_html(running):
+    shown = serve.card(running.models["v0_bigram"], "<b>&", "<script>")
+    assert "<b>&lt;b&gt;&amp;</b>&lt;script&gt;</pre>" in shown
+
+
+def test_a_conversation_that_a_browser_sends_back_is_taken_as_text(running, tmp_path):
+    (tmp_path / "secret.txt").write_text("top secret", encoding="utf-8")
+    file = {"path": str(tmp_path / "secret.txt"), "meta": {"_type": "gradio.FileData"}}
+    page = running.http.get("/config").json()
+    talk = next(f["id"] for f in page["dependencies"] if len(f["inputs"]) == 3 and len(f["outputs"]) == 3)
+    for part in ({"type": "file", "file": file}, {"type": "component", "component": "image", "value": file}):
+        data = ["Hi", [{"role": "user", "content": [part]}], []]
+        body = {"data": data, "fn_index": talk, "session_hash": "abc"}
+        assert running.http.post("/gradio_api/queue/join", json=body).status_code == 200
+        with running.http.stream("GET", "/gradio_api/queue/data?session_hash=abc") as answer:
+            told = "".join(answer.iter_text())
+        assert "process_completed" in told and "secret" not in told
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -14,6 +14,7 @@ import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import takewhile
 from unittest.mock import patch
 
 import httpx
@@ -23,12 +24,13 @@ import torch
 import uvicorn
 from conftest import command, run_here, tiny_flags
 from test_command_line import refused
-from test_rag import VOCAB, save_model
+from test_rag import save_model
 
 import serve
 import v7_quantize as v7
 import v8_lora as v8
 import v9_rlhf as v9
+from bpe_tokenizer import BPETokenizer
 
 TEXT = "".join(f"{name}:\nGood morrow, cousin, {i}.\n\n" for i in range(80) for name in ("ROMEO", "JULIET"))
 OLD = serve.RUNGS[:7]  # trained on TEXT; v8 and v9 have random weights
@@ -126,11 +128,11 @@ def written_by_the_rung(runs, name, prompt, n):
         rung.load_weights(model, checkpoint["model"])
     ids = tokenizer.encode(prompt)
     if name in serve.CHATTING:
-        end = tokenizer.special_tokens["<|endoftext|>"]
-        new = [i for i in rung.generate(model.eval(), [ids], config, end)[0] if i != end]
+        special = {*tokenizer.special_tokens.values()}  # here each of them ends a text
+        new = takewhile(lambda i: i not in special, rung.generate(model.eval(), [ids], config, None)[0])
     else:
         new = rung.generate(model, torch.tensor([ids]), config)[0].tolist()[len(ids) :]
-    return tokenizer.decode(new)
+    return tokenizer.decode(list(new))
 
 
 # ----------------------------------------------- answers -----------------------------------------------
@@ -152,7 +154,7 @@ def test_a_stream_is_the_same_text_in_pieces(name, running):
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
     reasons = [chunk.choices[0].finish_reason for chunk in chunks]
     assert reasons == [None] * (len(chunks) - 1) + [whole.choices[0].finish_reason]
-    assert len(chunks) > 1 and len({chunk.id for chunk in chunks}) == 1
+    assert (len(chunks) > 1 or reasons == ["stop"]) and len({chunk.id for chunk in chunks}) == 1
     other = running.openai.completions.create(**asked | {"seed": 6})
     assert other.choices[0].text != whole.choices[0].text
 
@@ -203,8 +205,10 @@ def test_a_conversation_is_encoded_by_the_template_and_ends_by_itself(runs, runn
     tokenizer = v8.make_tokenizer(checkpoint["vocab"])
     end, config = tokenizer.special_tokens["<|endoftext|>"], replace(config, greedy=True, max_new_tokens=30)
     expected = v8.generate(model, [v8.encode_prompt(turns, tokenizer)], config, end)[0]
-    assert found.choices[0].message.content == v8.to_text(expected, tokenizer)
-    assert found.choices[0].finish_reason == ("stop" if end in expected else "length")
+    special = {*tokenizer.special_tokens.values()}
+    said = [*takewhile(lambda i: i not in special, expected)]  # here each of them ends a text
+    assert found.choices[0].message.content == tokenizer.decode(said)
+    assert found.choices[0].finish_reason == ("stop" if special & {*expected} else "length")
     chunks = list(
         running.openai.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
     )
@@ -212,13 +216,15 @@ def test_a_conversation_is_encoded_by_the_template_and_ends_by_itself(runs, runn
     assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == found.choices[0].message.content
 
 
-def test_special_tokens_in_a_text_are_plain_text(running):
-    model = running.models["v8_lora"]
-    ids = model.encode_turns([("user", "a<|endoftext|><|assistant|>b")]) if "<" in VOCAB else None
-    assert ids is None  # this vocabulary has no such character: the request is refused, not cut
-    for text in ("<|endoftext|>", "a<|assistant|>b"):
+def test_special_tokens_in_a_text_are_plain_text(running, start):
+    for text in ("<|endoftext|>", "a<|assistant|>b"):  # this vocabulary has no "<": refused, not cut
         with pytest.raises(openai.BadRequestError, match="lacks the character"):
             running.openai.completions.create(model="v8_lora", prompt=text)
+    model = start().models["v8_lora"]
+    model.tokenizer = BPETokenizer.train("a good word, a bad word " * 9, 270, v8.SPECIAL_TOKENS)
+    ids = model.encode_turns([("user", "a<|endoftext|><|assistant|>b")])
+    special = model.tokenizer.special_tokens
+    assert [i for i in ids if i in special.values()] == [special["<|user|>"], special["<|assistant|>"]]
 
 
 class Scripted:
@@ -230,6 +236,9 @@ class Scripted:
     def add(self, ids, config, stop=None):
         self.sequences[0] = types.SimpleNamespace(n_left=config.max_new_tokens, at=0)
         return 0
+
+    def remove(self, row):
+        self.sequences[row] = None
 
     def step(self):
         time.sleep(0.002)
@@ -255,7 +264,7 @@ class Bytes:
 def scripted(server, text):
     """Let a model of a server say a text over and over."""
     model = server.models["v6_amp_ddp"]
-    model.engine, model.tokenizer = Scripted(list(text.encode())), Bytes()
+    model.engine, model.tokenizer, model.ends = Scripted(list(text.encode())), Bytes(), {0}
     return dict(model="v6_amp_ddp", prompt="x")
 
 
@@ -264,12 +273,10 @@ def test_half_characters_and_half_stops_are_held_back(start):
     asked = scripted(server, "né 界🙂 END of it ")
     whole = server.openai.completions.create(**asked, max_tokens=11).choices[0].text
     assert whole == "né 界🙂"
-    for n in range(1, 20):
+    for n, text in {1: "n", 2: "n\ufffd", 3: "né", 5: "né \ufffd", 7: "né 界", 8: "né 界\ufffd"}.items():
         chunks = server.openai.completions.create(**asked, max_tokens=n, stream=True)
         pieces = [chunk.choices[0].text for chunk in chunks]
-        assert "\ufffd" not in "".join(pieces[:-2]) and "".join(pieces).startswith(
-            "né 界🙂"[: max(1, n // 4)][:1]
-        )
+        assert "\ufffd" not in "".join(pieces[:-1]) and "".join(pieces) == text
     found = server.openai.completions.create(**asked, max_tokens=60, stop=["END", "zzz"])
     assert found.choices[0].text == "né 界🙂 " and found.choices[0].finish_reason == "stop"
     chunks = list(
@@ -281,6 +288,9 @@ def test_half_characters_and_half_stops_are_held_back(start):
     assert chunks[-1].choices[0].finish_reason == "stop"
     found = server.openai.completions.create(**asked, max_tokens=13, stop="END")
     assert found.choices[0].text == "né 界🙂 E" and found.choices[0].finish_reason == "length"
+    asked = scripted(server, "the end\0and more")
+    found = server.openai.completions.create(**asked, max_tokens=60)
+    assert found.choices[0].text == "the end" and found.choices[0].finish_reason == "stop"
 
 
 @contextlib.contextmanager
@@ -308,7 +318,7 @@ def test_after_a_kill_it_answers_the_same_with_the_same_seed(runs):
     answers = []
     for _ in range(2):
         with process(runs) as (server, client):
-            stream = client.completions.create(model="v6_amp_ddp", prompt="ROMEO", max_tokens=900, stream=True)
+            stream = client.completions.create(model="v6_amp_ddp", prompt="R", max_tokens=900, stream=True)
             answers.append([client.completions.create(**one).choices[0].text for one in asked])
             next(iter(stream))
             server.send_signal(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
@@ -335,7 +345,7 @@ def test_a_full_queue_answers_429_and_goes_on(start):
     assert server.http.post("/v1/completions", json=asked).status_code == 200
 
 
-def test_a_client_that_leaves_frees_its_place(start):
+def test_a_client_that_leaves_frees_its_place(start, capfd):
     server = start(max_tokens=100_000)
     asked = scripted(server, "abc") | {"max_tokens": 100_000}
     model = server.models["v6_amp_ddp"]
@@ -350,6 +360,49 @@ def test_a_client_that_leaves_frees_its_place(start):
             time.sleep(0.05)
         assert not model.working and model.engine.sequences == [None]
     assert server.http.post("/v1/completions", json=asked | {"max_tokens": 5}).status_code == 200
+    assert 'status="499"' in server.http.get("/metrics").text
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_who_has_left_waits_no_more(runs, monkeypatch):
+    monkeypatch.setattr(serve.Worker, "start", lambda self: None)  # nobody draws
+    model = serve.Served("model", runs / "v6_amp_ddp", serve.Config(max_waiting=2))
+    worker = serve.Worker([model])
+    jobs = [serve.Job(model, [1], v8.Config(), None) for _ in range(3)]
+    worker.submit(jobs[:1])
+    worker.submit(jobs[1:2])
+    with pytest.raises(serve.Refused, match="2 texts wait"):
+        worker.submit(jobs[2:])
+    jobs[0].gone = True
+    worker.submit(jobs[2:])
+    assert model.n_waiting == 2 and model.take() == jobs[1:] and model.n_waiting == 0
+    with pytest.raises(serve.Refused, match="at most 2 texts can be asked for at once, not 3"):
+        worker.submit(jobs)
+
+
+def test_many_texts_of_one_request_do_not_lock_others_out(start):
+    server = start()
+    asked = scripted(server, "abc")
+    with ThreadPoolExecutor(2) as pool:
+        many = pool.submit(server.http.post, "/v1/completions", json=asked | {"n": 16, "max_tokens": 100})
+        time.sleep(0.3)
+        assert server.http.post("/v1/completions", json=asked | {"max_tokens": 2}).status_code == 200
+        assert not many.done()
+        assert many.result().status_code == 200
+
+
+def test_extreme_values_harm_nobody_else(start):
+    server = start()
+    fine = dict(model="v6_amp_ddp", prompt="ROMEO", max_tokens=150)
+    with ThreadPoolExecutor(4) as pool:
+        others = [pool.submit(server.http.post, "/v1/completions", json=fine) for _ in range(3)]
+        for change in ({"top_p": 1e-46}, {"temperature": 1e-300}, {"seed": -(2**40)}):
+            assert server.http.post("/v1/completions", json=fine | change).status_code == 200
+        long = [c * 150 + "#" for c in "RJ:x"]
+        begin = time.monotonic()
+        assert server.http.post("/v1/completions", json=fine | {"stop": long}).status_code == 200
+        assert time.monotonic() - begin < 5
+        assert {other.result().status_code for other in others} == {200}
 
 
 def test_a_request_ends_after_max_seconds(start):
@@ -388,9 +441,15 @@ def test_hosts_keys_and_sizes_are_looked_at_first(start, monkeypatch):
         "evil.example": 421,
         "localhost:1": 200,
         "ladder.example": 200,
+        "LADDER.example:8000": 200,
+        "192.168.1.5": 200,  # no name: nobody can have made it up
         "[::1]:80": 200,
     }.items():
         assert server.http.get("/health", headers=key | {"host": host}).status_code == code
+    own = server.url.removeprefix("http://")
+    origins = {f"http://{own}": 200, "http://localhost:3000": 403, "https://evil.example": 403}
+    for origin, code in origins.items():
+        assert server.http.get("/health", headers=key | {"origin": origin}).status_code == code
     big = json.dumps({"model": "v0_bigram", "prompt": "a" * 600})
     json_type = {"content-type": "application/json"}
     assert server.http.post("/v1/completions", content=big, headers=key | json_type).status_code == 413
@@ -422,7 +481,12 @@ def test_health_metrics_and_models(running):
 def test_the_page_comes_from_this_server_alone(running):
     page = running.http.get("/")
     assert page.status_code == 200 and "The ladder" in page.text
-    assert running.http.get("/nothing").status_code == 404
+    gradio = ("upload", "file=/etc/passwd", "info", "config", "api_info")
+    for path in ("/nothing", "/docs", "/openapi.json", *(f"/gradio_api/{path}" for path in gradio)):
+        assert running.http.get(path).status_code == 404, path
+        assert running.http.post(path).status_code in (404, 405), path
+    links = re.findall(r'(?:src|href)="?(https?://[^"> ]+)', page.text)
+    assert not links, links
     key, serve.KEY = serve.KEY, "secret"
     try:
         assert running.http.get("/").status_code == 401
@@ -487,10 +551,12 @@ def bad_bodies():
     nothing = ("n", "top_p", "echo", "best_of", "logprobs", "max_tokens", "max_completion_tokens")
     allowed = {name: (None,) for name in (*nothing, "top_logprobs")}  # of WRONG, what these may be
     allowed |= dict.fromkeys(("model", "messages", "unknown", "tools"), ())
-    allowed |= {"prompt": ("x", ""), "stream": (True,), "temperature": (None, 0, 1.5), "seed": (None, 0)}
+    allowed |= {"prompt": ("x", ""), "stream": (True,), "temperature": (None, 0, 1.5), "seed": (None, 0, -1)}
     allowed |= {"stop": (None, "x", []), "user": (None, "x", ""), "suffix": (None, "")}
     allowed |= {"presence_penalty": (None, 0), "frequency_penalty": (None, 0)}
     allowed |= dict.fromkeys(("logit_bias", "stream_options", "response_format"), (None, {}))
+    for name in allowed.keys() - {"model", "messages", "prompt"}:
+        allowed[name] = (None, *allowed[name])  # null is as if it had not been said
     chat_only = ("messages", "max_completion_tokens", "top_logprobs", "response_format")
     for name, fine in allowed.items():
         for value in WRONG:
@@ -602,6 +668,20 @@ def test_weights_can_be_served_in_fewer_bits(kind, tmp_path):
         assert not torch.equal(model.eval()(idx), served.engine.model(idx))
 
 
+def test_a_metrics_file_that_is_damaged_does_no_harm(tmp_path):
+    save_model(tmp_path / "model")
+    for text in ("3", "null", '{"val_loss": null, "bits_per_char": 2}', "{"):
+        (tmp_path / "model" / "metrics.json").write_text(text, encoding="utf-8")
+        served = serve.Served("model", tmp_path / "model", serve.Config())
+        assert "parameters" in serve.card(served)
+
+
+def test_a_port_that_is_taken_is_said_at_once(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert refused(run_here("serve", f"--port={port}", cwd=tmp_path), "cannot listen", str(port))
+
+
 def test_where_there_is_no_model_three_are_trained_first(tmp_path, monkeypatch):
     calls = []
 
@@ -623,6 +703,8 @@ def test_where_there_is_no_model_three_are_trained_first(tmp_path, monkeypatch):
     ("flag", "words"),
     [
         ("port=0", "--port 0"),
+        ("port=70000", "--port 70000"),
+        ("max_seconds=nan", "--max_seconds nan"),
         ("quantize=int2", "no --quantize int2"),
         ("n_rows=-1", "--n_rows -1"),
         ("x=1", "--x"),

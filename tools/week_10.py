@@ -15,7 +15,11 @@ from v9_rlhf import value_loss  # its own, also where a stand-in replaces it
 
 RUNG, SEEDS = "v9_rlhf", (1, 2, 3)
 BASE, V6 = ROOT / "runs" / "v8_lora", ROOT / "runs" / "v6_amp_ddp"
-STOPPED = 320  # steps of v8 after which it has learned to read by half
+STOPPED = {
+    1: 300,
+    2: 320,
+    3: 320,
+}  # steps of v8, by seed, after which it reads a third to a half of the names
 METHODS = ("ppo", "grpo", "dpo", "best_of_n")
 NAMES = {"ppo": "PPO", "grpo": "GRPO", "dpo": "DPO", "best_of_n": "best of 16"}
 
@@ -90,7 +94,7 @@ def draw_frontier(results):
         points = sorted([*points, three[0]])
         ax.plot(*zip(*points, strict=True), ".-", color=f"C{i}", label=NAMES[method].replace(" 16", " n"))
         ax.plot(*zip(*three, strict=True), "o", color=f"C{i}", markerfacecolor="none")
-    ax.plot(0, 0.5, "k*", label="v8")
+    ax.plot(0, 0.5, "k*", label="v8", clip_on=False)
     ax.plot([], [], "o", color="gray", markerfacecolor="none", label="default, three seeds")
     ax.axvline(10, color="gray", linestyle="--", linewidth=1)
     ax.set(xlabel="KL from v8 (nats a reply)", ylabel="preferred by the annotator (share)", ylim=(0.45, 1.02))
@@ -109,7 +113,8 @@ def overoptimised():
     sample = (folder_of("overoptimised/ppo") / "sample.txt").read_text(encoding="utf-8")
     names = ("step", "score", "truth", "kl", "length")
     history = [{name: point[name] for name in names} for point in metrics["history"]]
-    return figures(metrics) | {"history": history[::10] + history[-1:], "sample": sample}
+    best = max(history, key=lambda point: point["truth"])
+    return figures(metrics) | {"history": history[::10] + history[-1:], "best": best, "sample": sample}
 
 
 def draw_overoptimised(history):
@@ -156,7 +161,7 @@ def details():
 def read():
     """GRPO on v8's reading task, from a v8 that was stopped early: names right, greedy, three seeds."""
     halves = {
-        f"week_10/read/v8_{seed}": ("v8_lora", None, dict(base=V6, seed=seed, max_steps=STOPPED))
+        f"week_10/read/v8_{seed}": ("v8_lora", None, dict(base=V6, seed=seed, max_steps=STOPPED[seed]))
         for seed in SEEDS
     }
     run_all(halves)
@@ -209,15 +214,19 @@ def by_hand():
         x, y = v9.encode_replies([prompt], [reply])
         text = v9.to_text(reply, tokenizer)
         numbers = {"text": text, "truth": v9.annotate(text)}
-        numbers["score"] = ((judge.reward(x, y) - judge.mean) / judge.std).item()
+        numbers["reward"] = judge.reward(x, y).item()
+        numbers["score"] = (numbers["reward"] - judge.mean.item()) / judge.std.item()
         for key, model in (("base", base), ("policy", policy)):
             numbers[key] = v9.log_probs(model(x), y, 1.0).sum().item()
         numbers["log_ratio"] = numbers["policy"] - numbers["base"]
+        numbers["left"] = numbers["score"] - config.kl_coef * numbers["log_ratio"]
         results[name], results["margin"] = numbers, results["margin"] + sign * numbers["log_ratio"]
     mean = (results["chosen"]["score"] + results["rejected"]["score"]) / 2
     std = abs(results["chosen"]["score"] - results["rejected"]["score"]) / math.sqrt(2)
     results["group"] = {"mean": mean, "std": std}
-    results["dpo_loss_at_first"] = math.log(2)
+    raw = results["chosen"]["reward"] - results["rejected"]["reward"]
+    results["reward_wins"] = 1 / (1 + math.exp(-raw))
+    results["dpo_loss"] = math.log1p(math.exp(-config.dpo_beta * results["margin"]))
     return results
 
 
@@ -259,7 +268,7 @@ HEADER = ["", "preferred", "KL, nats a reply", "truth", "words a reply", "differ
 def methods_table(week):
     """The four methods beside v8's model."""
     before = row("v8", week["seeds"]["before"])
-    before[2] = "0"
+    before[1:3] = "-", "0"
     return table(HEADER, [before, *(row(NAMES[method], week["seeds"][method]) for method in METHODS)])
 
 
