@@ -23,7 +23,7 @@ def fingerprint(notebook):
 
 def run(notebook):
     """Run all cells in a fresh kernel that starts in the notebook's folder; outputs go into `notebook`."""
-    options = {"timeout": 600, "record_timing": False, "coalesce_streams": True}
+    options = {"timeout": 1800, "record_timing": False, "coalesce_streams": True}
     NotebookClient(notebook, **options, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
 
 
