@@ -197,11 +197,11 @@ def test_the_chat_template_writes_what_v8_reads(runs, tmp_path, monkeypatch):
 # --------------------------------------------- llama.cpp ---------------------------------------------
 
 
-def llama(path, **settings):
-    """A model that llama.cpp has loaded from a file, in float32 as far as it can."""
+def llama(path):
+    """A model that llama.cpp has loaded from a file; its cache is float32, its GELU a table in float16."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python compiles llama.cpp")
-    settings = {"type_k": 0, "type_v": 0, "n_threads": 1, "n_threads_batch": 1} | settings
-    return llama_cpp.Llama(str(path), verbose=False, logits_all=True, n_ctx=0, **settings)
+    settings = {"n_ctx": 0, "type_k": 0, "type_v": 0, "n_threads": 1, "n_threads_batch": 1}
+    return llama_cpp.Llama(str(path), verbose=False, logits_all=True, **settings)
 
 
 @pytest.mark.parametrize("name", ["learned", "rope", "chat"])
