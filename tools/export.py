@@ -59,7 +59,7 @@ def load_run(folder):
 
 def chats(version):
     """Whether a rung's model has learned to read what CHAT_TEMPLATE writes."""
-    return number(version) >= 8
+    return number(version) in (8, 9)
 
 
 # --------------------------------------- Hugging Face's layout ---------------------------------------
