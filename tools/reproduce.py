@@ -14,8 +14,9 @@ it at any time; what is done is kept, and the same command goes on with the rest
 here stays as it is stored, and it says so: the race without PATH, the bench without all of its peers (see
 tests/bench_bpe.py), week 5's `elsewhere` without the text it is about.
 
-Written: logs/results.json, the tables and pictures of README and logs, each docstring's `Result:` line. With
-`git checkout README.md logs v0* v1* v2* v3* v4* v5* v6*` all of this is as it was, also other edits in these.
+Written: logs/results.json, the tables and pictures of README, logs and model cards, each docstring's
+`Result:` line. With `git checkout README.md logs v0* v1* v2* v3* v4* v5* v6*` all of this is as it was, also
+other edits in these.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import subprocess
 import sys
 
 import matplotlib.pyplot as plt
+from cards import published_blocks
 from common import (
     LOGS,
     ROOT,
@@ -215,6 +217,8 @@ def rewrite():
         text = re.sub(r"^Result: .*$", line, path.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
         path.write_text(text, encoding="utf-8", newline="\n")
     fill(ROOT / "README.md", readme_blocks(results))
+    for kind, blocks in published_blocks(results).items():
+        fill(LOGS / f"card_{kind}.md", blocks)
     plot_ladder(results)
     for name in WEEKS:
         week = importlib.import_module(name)
