@@ -3,8 +3,8 @@
     python tools/build_site.py                 writes site/; open site/index.html, no server is needed
     python tools/build_site.py --out FOLDER    writes another folder, new or made by this tool
 
-Needs `pip install -r requirements-site.txt`, and git. All is made from what the repository holds: the scripts,
-README.md, logs/*.md with their pictures, logs/results.json. A rung or a log that is added appears by itself.
+Needs git and `pip install -r requirements-site.txt`. All is made from what the repository holds: the
+scripts, README.md, logs/*.md with their pictures, logs/results.json. A new rung or log appears by itself.
 
 What makes what, and why:
 
@@ -154,12 +154,12 @@ class Source:
             names = []
             if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
                 names = [node.name]
-            elif isinstance(node, ast.Assign | ast.AnnAssign):
+            elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
                 names = [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
-            for name in names:
+            for name in names:  # a constant may be put together in several statements
                 first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-                found.setdefault(name, (first, node.end_lineno))
+                found[name] = (found.get(name, (first,))[0], node.end_lineno)
             if isinstance(node, ast.ClassDef):
                 for part in node.body:
                     if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -335,7 +335,7 @@ def note_names(source, first, count, into):
 
 
 def split_docstring(runs, below, above):
-    """The runs of a diff in two: those of the module docstrings, and the rest; all in the rest if they overlap."""
+    """The runs of a diff in two: those of the docstrings, and the rest, which may be all."""
     ends = [source.tree.body[0].end_lineno if source.docstring else 0 for source in (below, above)]
     a, b = 0, 0
     for i, (kind, n_old, n_new) in enumerate(runs):
@@ -360,7 +360,7 @@ def make_diff(root, below, above):
 
 
 def write_runs(diff, runs, a, b, context):
-    """Write runs of a diff that begin at lines a and b (from 0); count them. Return the next lines, the HTML."""
+    """HTML of the runs of a diff that begin at lines a and b (from 0): (the next a, the next b, HTML)."""
     below, above, out = diff.below, diff.above, []
 
     def same(n):
@@ -491,10 +491,10 @@ class Site:
         for source in [s for s in self.sources.values() if s.week and "/" not in s.path]:
             weeks[source.week] += self.pages_of(source, weeks[source.week])
         self.weeks = {week: weeks[week] for week in sorted(weeks)}
-        way = [self.pages["start"], *itertools.chain(*self.weeks.values())]
-        way += [self.pages["README.md"], self.pages["compare"], self.pages["search"]]
-        others = [page for page in self.pages.values() if page not in way]
-        self.order = way + sorted(others, key=lambda page: page.kind == "code")
+        self.way = [self.pages["start"], *itertools.chain(*self.weeks.values())]
+        self.way += [self.pages["README.md"], self.pages["compare"], self.pages["search"]]
+        others = [page for page in self.pages.values() if page not in self.way]
+        self.order = self.way + sorted(others, key=lambda page: page.kind == "code")
 
     def pages_of(self, source, there):
         """The pages about one script: the diff to the rung below, the code; those that are not `there`."""
@@ -533,20 +533,23 @@ class Site:
         for log in self.logs:
             parts = re.split(r"^## (.+)$", log.read_text(encoding="utf-8"), flags=re.M)
             sections += [(f"logs/{log.name}", t, x) for t, x in zip(parts[1::2], parts[2::2], strict=True)]
-        self.mentions = defaultdict(list)  # {name: [(log, section)]}, also of what is defined in quoted code
+        self.mentions = defaultdict(list)  # {name, or (file, name) of quoted code: [(log, section)]}
         for path, title, text in sections:
-            quoted = re.findall(r"^(?:class|def) (\w+)", text, flags=re.M)
-            for name in dict.fromkeys([*re.findall(r"`([A-Za-z_][\w.]*)`", text), *quoted]):
+            for name in dict.fromkeys(re.findall(r"`([A-Za-z_][\w.]*)`", text)):
                 self.mentions[name].append((path, title))
+            for quoted in re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S):
+                for source in self.code_of(path):
+                    if found := stands_at(quoted, source):
+                        name = source.around[found[1]]
+                        for part in {name, name.split(".")[0]}:
+                            self.mentions[source.path, part].append((path, title))
 
     def explained(self, source, name):
         """(page, anchor, words) of the log that explains a name; where none does, the one it came with."""
         own = self.log_of(source)
         logs = [path for _, places, logs in self.concepts for s, n in places
                 if n == name and s is source for _, path in logs]  # fmt: skip
-        places = self.mentions.get(name, []) + (
-            self.mentions.get(name.split(".")[-1], []) if "." in name else []
-        )
+        places = self.mentions.get((source.path, name), []) + self.mentions.get(name, [])
         if logs:
             titles = [title for path, title in places if path == logs[0]]
             return self.pages.get(logs[0]), slug(titles[0]) if titles else "", "explained"
@@ -612,8 +615,8 @@ class Site:
 
     def turn(self, tokens, page, base, sources, md):
         """Change tokens in place: links, pictures, code in backticks, fences, tables, what is folded."""
-        inside = 0
-        for token in tokens:
+        inside = tables = 0
+        for i, token in enumerate(tokens):
             if token.children:
                 self.turn(token.children, page, base, sources, md)
             inside += (token.type == "link_open") - (token.type == "link_close")
@@ -631,10 +634,13 @@ class Site:
                 token.content = self.fence(token, sources, page)
                 token.type = "html_block"
             elif token.type == "table_open":
-                token.type, token.tag = "html_block", ""
-                token.content = '<div class="scroll" role="region" aria-label="table" tabindex="0"><table>\n'
+                tables += 1
+                name = f'role="region" aria-label="table {tables}"'
+                token.type, token.content = "html_block", f'<div class="scroll" {name} tabindex="0"><table>\n'
             elif token.type == "table_close":
                 token.type, token.content = "html_block", "</table></div>\n"
+            elif token.type == "th_open" and not tokens[i + 1].content:  # it heads nothing
+                token.tag = tokens[i + 2].tag = "td"
             elif token.type == "html_block":
                 token.content = re.sub(
                     r"<summary>(.*?)</summary>",
@@ -785,7 +791,7 @@ def draw(site, *rungs):
         fig.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         plt.close(fig)
     svg = out.getvalue()[out.getvalue().index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.S)  # its style is for *
     svg = re.sub(r'\s(xmlns(:\w+)?|version|xlink:\w+(?=="http))="[^"]*"', "", svg, count=3)
     svg = svg.replace("xlink:href", "href").replace(' width="403.2pt" height="208.8pt"', "")
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
@@ -800,39 +806,44 @@ def draw(site, *rungs):
 
 
 def sections_of(text):
-    """(title, text) of each section of a Markdown file, down to ###."""
-    parts = re.split(r"^#{1,3} (.+)$", re.sub(r"^```.*?^```", lambda m: m[0].replace("\n#", "\n #"), text,
-                     flags=re.M | re.S), flags=re.M)  # fmt: skip
+    """(title, text) of each section of a Markdown file, down to ###; what is fenced holds no headings."""
+    fenced = re.sub(r"^```.*?^```", lambda m: m[0].replace("\n#", "\n #"), text, flags=re.M | re.S)
+    parts = re.split(r"^#{1,3} (.+)$", fenced, flags=re.M)
     return list(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def search_index(site):
-    """All that the search looks through: {t: title, w: where, u: address, x: text}. Equal code once."""
-    found = []
+    """What the search looks through: {k: kind, t: title, w: where, u: address, x: text}. Equal code once."""
+    found, seen = [], {}
+
+    def add(kind, title, where, url, text):
+        found.append({"k": kind, "t": title.replace("`", ""), "w": where, "u": url, "x": text})
+
+    for concept, places, _ in site.concepts:
+        for source, name in places:
+            where = f"{source.path}: {name}" if name else source.path
+            add("concept", concept, where, site.pages[source.path].url + (f"#{name}" if name else ""), where)
     for path in ["README.md", *(f"logs/{log.name}" for log in site.logs)]:
         page = site.pages[path]
         where = f"week {page.week}: {page.title}" if page.week else page.title
         for title, text in sections_of((site.root / path).read_text(encoding="utf-8")):
             plain = re.sub(r"<!--.*?-->|</?\w+>|\|[ :|-]+\|$|\]\([^)]*\)|[`*\[]", "", text, flags=re.M)
-            found.append({"t": title, "w": where, "u": f"{page.url}#{slug(title)}", "x": plain.strip()})
+            add("log", title, where, f"{page.url}#{slug(title)}", plain.strip())
     for below, above in site.steps:
         page = site.pages[below, above]
         names = " ".join(itertools.chain(*above.since[1].values()))
-        found.append(
-            {"t": page.label, "w": f"week {above.week}", "u": page.url, "x": f"{above.headline} {names}"}
-        )
-    seen = {}
+        add("log", page.label, f"week {above.week}", page.url, f"{above.headline} {names}")
     for source in [*site.rungs, *(s for s in site.sources.values() if s not in site.rungs)]:
-        url = site.pages[source.path].url
-        found.append({"t": source.path, "w": "code", "u": url, "x": source.docstring})
-        tops = {name: span for name, span in source.definitions.items() if "." not in name}
-        for name, (first, last) in tops.items():
+        url, kind = site.pages[source.path].url, "code" if site.pages[source.path] in site.way else ""
+        add(kind, source.path, "code", url, source.docstring)
+        for name in [name for name in source.definitions if "." not in name]:
+            first, last = source.definitions[name]
             text = "\n".join(source.lines[first - 1 : last])
             if text in seen:
                 seen[text]["a"] = seen[text].get("a", 0) + 1
             else:
-                seen[text] = {"t": name, "w": source.path, "u": f"{url}#{name}", "x": text}
-                found.append(seen[text])
+                add(kind, name, source.path, f"{url}#{name}", text)
+                seen[text] = found[-1]
     return found
 
 
@@ -855,8 +866,8 @@ def code_html(site, source, page):
                 to, anchor, how = told
                 href = site.to(to.url, page) + (f"#{anchor}" if anchor and how == "explained" else "")
                 words = f"week {to.week}" if how == "explained" else f"came in week {to.week}"
-                what = f"{name}: explained in" if how == "explained" else f"{name}: came with"
-                extra += f'<a class="why {how}" href="{href}" title="{what} week {to.week}, {to.title}">{words}</a>'
+                title = f"{name}: {how} in week {to.week}, {html.escape(to.title)}"
+                extra += f'<a class="why {how}" href="{href}" title="{title}">{words}</a>'
         if i + 1 in rooms:
             extra += f'<i id="room-{slug(rooms[i + 1])}"></i>'
         out.append(line[:-6] + extra + "</div>" if extra else line)
@@ -871,9 +882,8 @@ def split_sample(text, lines=18):
 
 def write(site, out):
     """Write all pages into the folder `out`."""
-    env = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )  # fmt: skip
+    env = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    env.trim_blocks = env.lstrip_blocks = True
     env.globals |= {"site": site, "generator": GENERATOR, "version": lambda s: s.stem.split("_")[0]}
 
     def save(page, template, **values):
@@ -963,8 +973,11 @@ def write(site, out):
         "sample": split_sample(site.measured.get(last.stem, {}).get("sample", ""), 12)[0],
         "sampled": last,
     }
-    values |= {"picture": site.link("logs/ladder.png", "README.md", page)}
-    values |= {"picture_size": size_of(site.root / "logs" / "ladder.png")}
+    size = size_of(site.root / "logs" / "ladder.png")
+    values |= {
+        "picture_size": size,
+        "picture": site.link("logs/ladder.png", "README.md", page) if size else "",
+    }
     save(page, "start.html", **values)
     text = json.dumps(search_index(site), ensure_ascii=False, separators=(",", ":"))
     (out / "index.js").write_text(f"const INDEX = {text};\n", encoding="utf-8", newline="\n")

@@ -14,7 +14,7 @@ if (kept("theme")) root.dataset.theme = kept("theme");
 if (kept("view")) root.dataset.view = kept("view");
 
 function setUpTheme() {
-  const button = document.getElementById("theme");
+  const button = document.getElementById("theme-switch");
   const names = ["auto", "light", "dark"];
   const show = () => {
     const now = root.dataset.theme || "auto";
@@ -37,12 +37,13 @@ function setUpDiff() {
   const switches = document.querySelector(".switches");
   if (!switches) return;
   switches.hidden = false;
-  const view = document.getElementById("view");
-  const fold = document.getElementById("fold");
+  const view = document.getElementById("view-switch");
+  const fold = document.getElementById("fold-switch");
   const wide = matchMedia("(min-width: 68rem)");
   const isSplit = () => (root.dataset.view ? root.dataset.view === "two" : wide.matches);
   const show = () => { view.textContent = isSplit() ? "One column" : "Side by side"; };
   wide.addEventListener("change", show);
+  show();
   view.onclick = () => {
     root.dataset.view = isSplit() ? "one" : "two";
     kept("view", root.dataset.view);
@@ -112,7 +113,7 @@ function find(query) { // entries that hold all words, the best first
   const rank = (entry) => {
     entry.title ??= entry.t.toLowerCase();
     entry.text ??= entry.x.toLowerCase();
-    let points = entry.w.startsWith("v") || entry.w.startsWith("week") ? 1 : 0;
+    let points = { concept: 30, log: 12, code: 4 }[entry.k] ?? 0;
     for (const word of words) {
       const inText = entry.text.split(word).length - 1;
       if (!inText && !entry.title.includes(word)) return 0;
@@ -129,8 +130,9 @@ function setUpSearch() {
   if (!form || typeof INDEX === "undefined") return;
   const [list, count] = [document.getElementById("found"), document.getElementById("count")];
   const excerpt = (entry, words) => {
-    const at = Math.max(0, Math.min(...words.map((w) => entry.text.indexOf(w)).filter((i) => i >= 0), 1e9));
-    const begin = at === 1e9 ? 0 : Math.max(0, at - 60);
+    const phrase = entry.text.indexOf(words.join(" "));
+    const at = phrase >= 0 ? phrase : Math.min(...words.map((w) => entry.text.indexOf(w)).filter((i) => i >= 0));
+    const begin = at === Infinity ? 0 : Math.max(0, at - 60);
     const part = document.createElement("p");
     const text = (begin ? "… " : "") + entry.x.slice(begin, begin + 220) + " …";
     const either = new RegExp(`(${words.map((w) => w.replace(/[.*+?^${}()|[\]\\]/g, "\\$&")).join("|")})`, "gi");
