@@ -50,13 +50,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from latex2mathml.converter import convert
 from markdown_it import MarkdownIt
 from markupsafe import Markup
+from matplotlib.figure import Figure
 from mdit_py_plugins.anchors import anchors_plugin
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 from pygments.lexers import PythonLexer
 from pygments.token import Token
 from rapidfuzz import fuzz, process
-
-matplotlib.use("svg")
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATES = Path(__file__).resolve().parent / "site"
@@ -94,9 +93,20 @@ def css_class(kind):
 
 def coloured(runs):
     """HTML of (class, text) runs."""
-    parts = [f'<span class="{name}">{html.escape(t, False)}</span>' if name else html.escape(t, False)
-             for name, t in runs]  # fmt: skip
-    return "".join(parts)
+    escaped = ((name, html.escape(text, quote=False)) for name, text in runs)
+    return "".join(f'<span class="{name}">{text}</span>' if name else text for name, text in escaped)
+
+
+def paint(text):
+    """Python as lines of (class, text) runs."""
+    lines = [[]]
+    for kind, piece in PythonLexer(stripnl=False, ensurenl=False).get_tokens(text):
+        for i, part in enumerate(piece.split("\n")):
+            if i:
+                lines.append([])
+            if part:
+                lines[-1].append((css_class(kind), part))
+    return lines
 
 
 class Source:
@@ -115,14 +125,7 @@ class Source:
     @cached_property
     def runs(self):
         """Each line as a list of (class, text)."""
-        lines = [[]]
-        for kind, text in PythonLexer(stripnl=False, ensurenl=False).get_tokens(self.text):
-            for i, piece in enumerate(text.split("\n")):
-                if i:
-                    lines.append([])
-                if piece:
-                    lines[-1].append((css_class(kind), piece))
-        return lines[: len(self.lines)]
+        return paint(self.text)[: len(self.lines)]
 
     @cached_property
     def painted(self):
@@ -428,6 +431,7 @@ class Page:
     source: str = ""
     week: int | None = None
     label: str = ""
+    rungs: tuple = ()
 
 
 class Site:
@@ -476,7 +480,7 @@ class Site:
             url = f"diff/{below.stem}-{above.stem}.html"
             label = f"diff {title.replace(' to ', ' → ')}"
             week = above.week if step else None
-            self.pages[below, above] = Page(url, title, "diff", "", week, label)
+            self.pages[below, above] = Page(url, title, "diff", "", week, label, (below, above))
         weeks = defaultdict(list)
         for log in self.logs:
             path = f"logs/{log.name}"
@@ -547,12 +551,12 @@ class Site:
     def explained(self, source, name):
         """(page, anchor, words) of the log that explains a name; where none does, the one it came with."""
         own = self.log_of(source)
-        logs = [path for _, places, logs in self.concepts for s, n in places
-                if n == name and s is source for _, path in logs]  # fmt: skip
+        entries = [logs for _, places, logs in self.concepts if (source, name) in places]
+        logs = [path for entry in entries for _, path in entry if path in self.pages]
         places = self.mentions.get((source.path, name), []) + self.mentions.get(name, [])
         if logs:
             titles = [title for path, title in places if path == logs[0]]
-            return self.pages.get(logs[0]), slug(titles[0]) if titles else "", "explained"
+            return self.pages[logs[0]], slug(titles[0]) if titles else "", "explained"
         ours = [place for place in places if own and place[0] == own.source]
         earlier = [p for p in places if number(p[0]) <= (source.week or 0)]
         if found := ours or earlier[-1:]:
@@ -681,18 +685,6 @@ def size_of(path):
     return {"width": int.from_bytes(head[:4], "big"), "height": int.from_bytes(head[4:], "big")}
 
 
-def paint(text):
-    """Python as lines of (class, text) runs."""
-    lines = [[]]
-    for kind, piece in PythonLexer(stripnl=False, ensurenl=False).get_tokens(text):
-        for i, part in enumerate(piece.split("\n")):
-            if i:
-                lines.append([])
-            if part:
-                lines[-1].append((css_class(kind), part))
-    return lines
-
-
 def stands_at(text, source):
     """(source, line) where quoted lines stand, indented or not; None if the first three do not."""
     wanted = [line.strip() for line in text.splitlines() if line.strip()][:3]
@@ -763,18 +755,15 @@ def draw(site, *rungs):
         return "", notes
     runs = [site.measured[rung.stem] for rung in shown]
     kinds = ["before" in m for m in runs]  # of answers: not the same measure
-    import matplotlib.pyplot as plt
-
     settings = {"svg.fonttype": "none", "svg.hashsalt": "site", "font.size": 9.5, "axes.spines.top": False}
     settings |= {"axes.spines.right": False, "font.family": "sans-serif"}
     ink, colours = "#010203", ["#010204", "#010205"]  # replaced by those of the style sheet
     for key in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"):
         settings[key] = ink
-    with plt.rc_context(settings):
+    with matplotlib.rc_context(settings):
         apart = len(set(kinds)) > 1
-        fig, axes = plt.subplots(
-            1, 2 if apart else 1, figsize=(5.6, 2.9), layout="constrained", squeeze=False
-        )
+        fig = Figure(figsize=(5.6, 2.9), layout="constrained")
+        axes = fig.subplots(1, 2 if apart else 1, squeeze=False)
         for i, (rung, m, answers) in enumerate(zip(shown, runs, kinds, strict=True)):
             ax = axes[0, i if apart else 0]
             colour = colours[rungs.index(rung)] if len(rungs) > 1 else colours[1]
@@ -789,7 +778,6 @@ def draw(site, *rungs):
             ax.legend(frameon=False)
         out = StringIO()
         fig.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        plt.close(fig)
     svg = out.getvalue()[out.getvalue().index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.S)  # its style is for *
     svg = re.sub(r'\s(xmlns(:\w+)?|version|xlink:\w+(?=="http))="[^"]*"', "", svg, count=3)
@@ -874,10 +862,75 @@ def code_html(site, source, page):
     return Markup("\n".join(out))
 
 
-def split_sample(text, lines=18):
-    """A sample in two: what is shown at once, and the rest."""
-    rows = text.strip("\n").split("\n")
+def split_sample(site, rung, lines):
+    """What a rung wrote, in two: what is shown at once, and the rest."""
+    rows = site.measured.get(rung.stem, {}).get("sample", "").strip("\n").split("\n")
     return "\n".join(rows[:lines]), "\n".join(rows[lines:])
+
+
+def text_values(site, page):
+    """What the page of README or of a log shows."""
+    text = (site.root / page.source).read_text(encoding="utf-8")
+    body, heads = site.markdown(text, page, page.source, site.code_of(page.source) if page.week else ())
+    return {"body": body, "heads": [head for head in heads if head[0] == 2]}
+
+
+def code_values(site, source, page):
+    """What the page of a script shows."""
+    names = defaultdict(list)  # of each room
+    for name in [name for name in source.definitions if "." not in name]:
+        above = [room for room, line in source.rooms if line <= source.line_of(name)]
+        names[above[-1] if above else ""].append(name)
+    return {
+        "source": source,
+        "log": site.log_of(source),
+        "steps": [site.pages[pair] for pair in site.steps if source in pair],
+        "headline": site.inline(source.headline, page),
+        "paragraph": site.inline(source.paragraph, page),
+        "rooms": [(room, f"room-{slug(room)}", names[room]) for room, _ in source.rooms]
+        or [("", "", names[""])],
+        "concepts": [(concept, n) for concept, places, _ in site.concepts for s, n in places if s is source],
+        "code": code_html(site, source, page),
+    }
+
+
+def diff_values(site, below, above, page):
+    """What the page of two rungs shows; that of a step has names, numbers and samples too."""
+    diff = make_diff(site.root, below, above)
+    values = {"below": below, "above": above, "diff": diff, "log": site.log_of(above)}
+    values |= {"headline": site.inline(above.headline, page), "paragraph": site.inline(above.paragraph, page)}
+    values["step"] = (below, above) in site.steps
+    if not values["step"]:
+        return values
+    curve, notes = draw(site, below, above)
+    machines = {site.measured.get(rung.stem, {}).get("machine") for rung in (below, above)} - {None}
+    return values | {
+        "names": [(kind, [(n, diff.address(n)) for n in names]) for kind, names in above.since[1].items()],
+        "samples": [(rung, split_sample(site, rung, 18)) for rung in (below, above)],
+        "facts": facts(site, below, above),
+        "machines": sorted(machines),
+        "curve": curve,
+        "notes": notes,
+    }
+
+
+def start_values(site, page):
+    """What the first page shows: the head of README, the ladder, and what its best model of text writes."""
+    readme = (site.root / "README.md").read_text(encoding="utf-8")
+    keys = ("params", "val_loss", "bits_per_char", "seconds")
+    size = size_of(site.root / "logs" / "ladder.png")
+    of_text = [rung for rung in site.rungs if "before" not in site.measured.get(rung.stem, {"before": None})]
+    of_text = [rung for rung in of_text if not taken_over(site, rung)]
+    best = min(of_text, key=lambda rung: site.measured[rung.stem]["bits_per_char"], default=None)
+    return {
+        "heading": re.match(r"# (.+)", readme)[1],
+        "intro": site.markdown(readme.split("\n## ")[0].partition("\n")[2], page, "README.md")[0],
+        "rows": [(rung, [fact(site, rung, key) for key in keys]) for rung in site.rungs],
+        "picture": site.link("logs/ladder.png", "README.md", page) if size else "",
+        "picture_size": size,
+        "sampled": best,
+        "sample": split_sample(site, best, 14)[0] if best else "",
+    }
 
 
 def write(site, out):
@@ -885,100 +938,27 @@ def write(site, out):
     env = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
     env.trim_blocks = env.lstrip_blocks = True
     env.globals |= {"site": site, "generator": GENERATOR, "version": lambda s: s.stem.split("_")[0]}
-
-    def save(page, template, **values):
-        at = site.order.index(page)
-        around = {"before": site.order[at - 1] if at else None}
-        around["after"] = site.order[at + 1] if at + 1 < len(site.order) else None
-        week = site.weeks.get(page.week, []) if page.week else []
-        values |= around | {
+    for at, page in enumerate(site.order):
+        values = {
             "page": page,
-            "to": lambda p, anchor="": site.to(p.url, page) + anchor,
-            "strip": week,
+            "root": posixpath.relpath(".", posixpath.dirname(page.url) or "."),
+            "to": lambda other, anchor="", page=page: site.to(other.url, page) + anchor,
+            "strip": site.weeks.get(page.week, []),
+            "before": site.order[at - 1] if at else None,
+            "after": site.order[at + 1] if at + 1 < len(site.order) else None,
         }
-        values |= {"root": posixpath.relpath(".", posixpath.dirname(page.url) or "."), "log": None} | values
+        if page.kind == "text":
+            values |= text_values(site, page)
+        elif page.kind == "code":
+            values |= code_values(site, site.sources[page.source], page)
+        elif page.kind == "diff":
+            values |= diff_values(site, *page.rungs, page)
+        elif page.kind == "start":
+            values |= start_values(site, page)
         path = out / page.url
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(env.get_template(template).render(values), encoding="utf-8", newline="\n")
-
-    readme = (site.root / "README.md").read_text(encoding="utf-8")
-    for page in [site.pages["README.md"], *(site.pages[f"logs/{log.name}"] for log in site.logs)]:
-        sources = site.code_of(page.source) if page.week else []
-        text = (site.root / page.source).read_text(encoding="utf-8")
-        body, heads = site.markdown(text, page, page.source, sources)
-        save(page, "text.html", body=body, heads=[head for head in heads if head[0] == 2])
-    for source in site.sources.values():
-        page = site.pages[source.path]
-        concepts = [(c, n) for c, places, _ in site.concepts for s, n in places if s is source]
-        steps = [site.pages[pair] for pair in site.steps if source in pair]
-        names = defaultdict(list)
-        for name in [name for name in source.definitions if "." not in name]:
-            room = [room for room, line in source.rooms if line <= source.line_of(name)]
-            names[room[-1] if room else ""].append(name)
-        inline = {
-            "headline": site.inline(source.headline, page),
-            "paragraph": site.inline(source.paragraph, page),
-        }
-        rooms = [(room, f"room-{slug(room)}", names[room]) for room, _ in source.rooms] or [
-            ("names", "", names[""])
-        ]
-        code = code_html(site, source, page)
-        log = site.log_of(source)
-        save(
-            page,
-            "code.html",
-            source=source,
-            code=code,
-            concepts=concepts,
-            steps=steps,
-            rooms=rooms,
-            **inline,
-            log=log,
-        )
-    for below, above in itertools.combinations(site.rungs, 2):
-        page, diff = site.pages[below, above], make_diff(site.root, below, above)
-        step = (below, above) in site.steps
-        names = (
-            [(kind, [(n, diff.address(n)) for n in ns]) for kind, ns in above.since[1].items()]
-            if step
-            else []
-        )
-        curve, notes = draw(site, below, above) if step else ("", [])
-        samples = [
-            (rung, split_sample(site.measured.get(rung.stem, {}).get("sample", "")))
-            for rung in (below, above)
-        ]
-        values = {
-            "paragraph": site.inline(above.paragraph, page),
-            "headline": site.inline(above.headline, page),
-        }
-        values |= {"below": below, "above": above, "diff": diff, "step": step, "names": names, "curve": curve}
-        machines = {site.measured.get(r.stem, {}).get("machine") for r in (below, above)} - {None}
-        values |= {
-            "notes": notes,
-            "samples": samples,
-            "facts": facts(site, below, above),
-            "machines": sorted(machines),
-        }
-        save(page, "diff.html", **values, log=site.log_of(above))
-    save(site.pages["compare"], "compare.html")
-    save(site.pages["search"], "search.html")
-    page = site.pages["start"]
-    intro = readme.split("\n## ")[0].partition("\n")[2]
-    title = re.match(r"# (.+)", readme)[1]
-    rows = [(rung, facts_of_ladder(site, rung)) for rung in site.rungs]
-    values = {"intro": site.markdown(intro, page, "README.md")[0], "heading": title, "rows": rows}
-    last = site.by_stem.get("v3_gpt") or site.rungs[-1]
-    values |= {
-        "sample": split_sample(site.measured.get(last.stem, {}).get("sample", ""), 12)[0],
-        "sampled": last,
-    }
-    size = size_of(site.root / "logs" / "ladder.png")
-    values |= {
-        "picture_size": size,
-        "picture": site.link("logs/ladder.png", "README.md", page) if size else "",
-    }
-    save(page, "start.html", **values)
+        text = env.get_template(f"{page.kind}.html").render(values)
+        path.write_text(text, encoding="utf-8", newline="\n")
     text = json.dumps(search_index(site), ensure_ascii=False, separators=(",", ":"))
     (out / "index.js").write_text(f"const INDEX = {text};\n", encoding="utf-8", newline="\n")
     for name in ("style.css", "site.js"):
@@ -988,20 +968,13 @@ def write(site, out):
         shutil.copy(path, out / url)
 
 
-def facts_of_ladder(site, rung):
-    """What the ladder shows of a rung."""
-    return [fact(site, rung, key) for key in ("params", "val_loss", "bits_per_char", "seconds")]
-
-
 def build(root, out):
     """Build the site of the repository `root` in the folder `out`, which is replaced as a whole."""
     out = Path(out).resolve()
     start = out / "index.html"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        ours = start.is_file() and f'content="{GENERATOR}"' in start.read_text(
-            encoding="utf-8", errors="replace"
-        )
-        if not ours:
+        text = start.read_text(encoding="utf-8", errors="replace") if start.is_file() else ""
+        if f'content="{GENERATOR}"' not in text:
             sys.exit(f"error: {out} holds something that this tool has not made; name a folder that is new")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
