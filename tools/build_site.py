@@ -130,7 +130,10 @@ class Source:
     @cached_property
     def painted(self):
         """Each line as HTML."""
-        return [coloured(runs) for runs in self.runs]
+        lines = [coloured(runs) for runs in self.runs]
+        for _, i in self.rooms:  # the style sheet shortens the dashes
+            lines[i - 1] = re.sub("-{8,}", r'<span class="r">\g<0></span>', lines[i - 1])
+        return lines
 
     def marked(self, i, spans):
         """Line i (from 0) as HTML, the columns of `spans` marked."""
@@ -204,6 +207,12 @@ class Source:
         """What stands between colon and full stop or bracket, as in README's ladder."""
         found = re.match(r"\S+, week \d+: (.+?)[.(]", self.docstring.split("\n")[0])
         return found[1].strip() if found else self.headline.rstrip(".")
+
+    @cached_property
+    def more(self):
+        """What the first line says beyond the idea and its source."""
+        found = re.match(rf"{re.escape(self.idea)}(?: \([^)]*\))?\. +(.+)$", self.headline, flags=re.I)
+        return found[1] if found else ""
 
     @cached_property
     def paragraph(self):
@@ -561,6 +570,8 @@ class Site:
         earlier = [p for p in places if number(p[0]) <= (source.week or 0)]
         if found := ours or earlier[-1:]:
             return self.pages[found[0][0]], slug(found[0][1]), "explained"
+        if "." in name:  # a method that no log tells of: that of its class will do
+            return None
         first = next((s for s in self.rungs if source in self.rungs and name in s.definitions), source)
         page = self.log_of(first)
         return (page, "what-changed-in-the-code" if first.since[0] else "", "came") if page else None
@@ -898,7 +909,7 @@ def diff_values(site, below, above, page):
     """What the page of two rungs shows; that of a step has names, numbers and samples too."""
     diff = make_diff(site.root, below, above)
     values = {"below": below, "above": above, "diff": diff, "log": site.log_of(above)}
-    values |= {"headline": site.inline(above.headline, page), "paragraph": site.inline(above.paragraph, page)}
+    values |= {"more": site.inline(above.more, page), "paragraph": site.inline(above.paragraph, page)}
     values["step"] = (below, above) in site.steps
     if not values["step"]:
         return values
