@@ -820,8 +820,8 @@ def search_index(site):
 
     for concept, places, _ in site.concepts:
         for source, name in places:
-            where = f"{source.path}: {name}" if name else source.path
-            add("concept", concept, where, site.pages[source.path].url + (f"#{name}" if name else ""), where)
+            where = "concept, " + (f"{source.path}: {name}" if name else source.path)
+            add("concept", concept, where, site.pages[source.path].url + (f"#{name}" if name else ""), "")
     for path in ["README.md", *(f"logs/{log.name}" for log in site.logs)]:
         page = site.pages[path]
         where = f"week {page.week}: {page.title}" if page.week else page.title

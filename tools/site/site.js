@@ -134,7 +134,7 @@ function setUpSearch() {
     const at = phrase >= 0 ? phrase : Math.min(...words.map((w) => entry.text.indexOf(w)).filter((i) => i >= 0));
     const begin = at === Infinity ? 0 : Math.max(0, at - 60);
     const part = document.createElement("p");
-    const text = (begin ? "… " : "") + entry.x.slice(begin, begin + 220) + " …";
+    const text = (begin ? "… " : "") + entry.x.slice(begin, begin + 220) + (entry.x.length > begin + 220 ? " …" : "");
     const either = new RegExp(`(${words.map((w) => w.replace(/[.*+?^${}()|[\]\\]/g, "\\$&")).join("|")})`, "gi");
     text.split(either).forEach((piece, i) => {
       const node = i % 2 ? document.createElement("mark") : document.createTextNode(piece);
