@@ -459,7 +459,7 @@ class Site:
         self.sources = {path: Source(root, path) for path in sorted(files)}
         rungs = [s for path, s in self.sources.items() if re.fullmatch(r"v\d+_\w+\.py", path)]
         self.rungs = sorted(rungs, key=lambda s: (number(s.stem), s.stem))
-        self.logs = sorted((root / "logs").glob("*.md"), key=lambda p: (number(p.stem), p.stem))
+        self.logs = sorted((root / "logs").glob("week_*.md"), key=lambda p: (number(p.stem), p.stem))
         self.by_stem = {s.stem: s for s in self.rungs}
         self.steps = [(self.below(rung), rung) for rung in self.rungs if self.below(rung)]
         self.copied, self.search = {}, []
