@@ -43,44 +43,48 @@ It listens at `http://127.0.0.1:8080` and speaks OpenAI's API at `/v1`.""",
 }
 
 
+# What a card shows of metrics.json, as far as a run has measured it: the name there, and how it looks here
+TEXT = {
+    "val_loss": ("val loss, nats per token", "{:.4f}"),
+    "perplexity": ("perplexity per token", "{:.2f}"),
+    "bits_per_char": ("bits per character", "{:.4f}"),
+    "train_loss": ("loss on as much text of the training split", "{:.4f}"),
+}
+ANSWERS = {
+    "names_right": ("new names right", "{:.1%}"),
+    "without_passage": ("names right without the passage", "{:.1%}"),
+    "answers_ended": ("answers that end by themselves", "{:.1%}"),
+    "reply_loss": ("loss of replies, nats per token", "{:.4f}"),
+    "preferred": ("preferred to the other's reply", "{:.1%}"),
+    "truth": ("the annotator's own score", "{:.2f}"),
+    "score": ("the reward model's score", "{:.2f}"),
+    "kl": ("KL from the model before, nats a reply", "{:.2f}"),
+    "bits_per_char": ("plain text, bits per character", "{:.4f}"),
+}
+
+
 def training(metrics):
-    """Where and for how long a model was trained, as a list."""
-    where = metrics.get("machine") or f"{metrics['threads']} threads on {metrics['device']}"
-    lines = [
-        f"- {metrics['steps']:,} steps, {metrics['tokens']:,} tokens, {metrics['seconds']:,.0f} seconds",
-        f"- {where}, PyTorch {metrics['torch']}",
-    ]
-    return "\n".join(lines)
+    """How long and where a model was trained, as a list."""
+    lines = ["- {steps:,} steps, {tokens:,} tokens, {seconds:,.0f} seconds".format(**metrics)]
+    where = metrics.get("machine") or "{threads} threads on {device}".format(**metrics)
+    return "\n".join([*lines, f"- {where}, PyTorch {metrics['torch']}"])
 
 
 def evaluation(kind, metrics):
     """The table of what a run has measured; `kind` is one of CARDS."""
-    header, rows = ["", "value"], [["parameters", f"{metrics['params']:,}"]]
+    size = f"{metrics['params']:,}"
     if kind in ("base", "quantized"):
-        rows += [
-            ["val loss, nats per token", f"{metrics['val_loss']:.4f}"],
-            ["perplexity per token", f"{metrics['perplexity']:.2f}"],
-            ["bits per character", f"{metrics['bits_per_char']:.4f}"],
-            ["loss on as much text of the training split", f"{metrics['train_loss']:.4f}"],
+        rows = [
+            [words, form.format(metrics[name])] for name, (words, form) in TEXT.items() if name in metrics
         ]
-        return table(header, rows)
+        return table(["", "value"], [["parameters", size], *rows])
     before = metrics["before"]
-    header, rows = ["", "before", "after"], [[rows[0][0], rows[0][1], rows[0][1]]]
-    shown = {
-        "names_right": ("new names right", "{:.1%}".format),
-        "without_passage": ("names right without the passage", "{:.1%}".format),
-        "answers_ended": ("answers that end by themselves", "{:.1%}".format),
-        "reply_loss": ("loss of replies, nats per token", "{:.4f}".format),
-        "preferred": ("preferred to the other's reply", "{:.1%}".format),
-        "truth": ("the annotator's own score", "{:.2f}".format),
-        "score": ("the reward model's score", "{:.2f}".format),
-        "kl": ("KL from the model before, nats a reply", "{:.2f}".format),
-        "bits_per_char": ("plain text, bits per character", "{:.4f}".format),
-    }
-    for name, (meaning, written) in shown.items():
-        if name in metrics and name in before:
-            rows.append([meaning, written(before[name]), written(metrics[name])])
-    return table(header, rows)
+    rows = [
+        [words, form.format(before[name]), form.format(metrics[name])]
+        for name, (words, form) in ANSWERS.items()
+        if name in metrics and name in before
+    ]
+    return table(["", "before", "after"], [["parameters", size, size], *rows])
 
 
 def eight_bits(results):
@@ -141,7 +145,9 @@ def write_card(path, run, version, gguf_type=None):
     use = "gguf" if gguf_type else "base" if kind == "base" else "chat"
     try:
         metrics = json.loads(Path(run, "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # the run was stopped before its end
+    except (OSError, ValueError):
+        metrics = {}
+    if "bits_per_char" not in metrics:  # a run that was stopped, or v7's own base: nothing was measured
         metrics = {}
     source = "quantized" if gguf_type == "q8_0" and kind == "base" else kind
     shutil.copy(LOGS / f"card_{source}.md", path)
