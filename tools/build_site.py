@@ -740,7 +740,7 @@ def fact(site, rung, key):
     m = site.measured.get(rung.stem, {})
     if m.get(key) is None or (key in OF_TRAINING and taken_over(site, rung)):
         return "-"
-    if key == "val_loss" and "before" in m:  # of answers, not of text
+    if key == "val_loss" and kind_of(m) != "text":
         return "-"
     return FACTS[key][1].format(m[key])
 
@@ -749,6 +749,21 @@ def facts(site, *rungs):
     """Rows of (name, number of each rung) for what at least one of them has."""
     rows = [(label, [fact(site, rung, key) for rung in rungs]) for key, (label, _) in FACTS.items()]
     return [row for row in rows if set(row[1]) != {"-"}]
+
+
+# What a rung's curve shows, by what its history holds.
+CURVES = {
+    "text": ("bits per character", ("val_loss", "train_loss")),
+    "answers": ("nats a token of answers", ("val_loss", "train_loss")),
+    "replies": ("reward model's score", ("score",)),
+}
+
+
+def kind_of(m):
+    """Which of CURVES the metrics of a rung have."""
+    if "score" in m["history"][0]:
+        return "replies"
+    return "answers" if "before" in m else "text"
 
 
 def draw(site, *rungs):
@@ -765,7 +780,7 @@ def draw(site, *rungs):
     if not shown:
         return "", notes
     runs = [site.measured[rung.stem] for rung in shown]
-    kinds = ["before" in m for m in runs]  # of answers: not the same measure
+    kinds = [kind_of(m) for m in runs]
     settings = {"svg.fonttype": "none", "svg.hashsalt": "site", "font.size": 9.5, "axes.spines.top": False}
     settings |= {"axes.spines.right": False, "font.family": "sans-serif"}
     ink, colours = "#010203", ["#010204", "#010205"]  # replaced by those of the style sheet
@@ -775,16 +790,17 @@ def draw(site, *rungs):
         apart = len(set(kinds)) > 1
         fig = Figure(figsize=(5.6, 2.9), layout="constrained")
         axes = fig.subplots(1, 2 if apart else 1, squeeze=False)
-        for i, (rung, m, answers) in enumerate(zip(shown, runs, kinds, strict=True)):
+        for i, (rung, m, kind) in enumerate(zip(shown, runs, kinds, strict=True)):
             ax = axes[0, i if apart else 0]
             colour = colours[rungs.index(rung)] if len(rungs) > 1 else colours[1]
-            scale = 1 if answers else m["bits_per_char"] / m["val_loss"]  # a token may be several characters
+            # A token may be several characters.
+            scale = m["bits_per_char"] / m["val_loss"] if kind == "text" else 1
             seconds = [point["seconds"] for point in m["history"]]
-            ax.plot(
-                seconds, [scale * p["val_loss"] for p in m["history"]], color=colour, lw=2, label=rung.stem
-            )
-            ax.plot(seconds, [scale * p["train_loss"] for p in m["history"]], color=colour, lw=1, ls=":")
-            ax.set(ylabel="nats a token of answers" if answers else "bits per character", xlabel="seconds")
+            label, names = CURVES[kind]
+            for name, style in zip(names, ("-", ":"), strict=False):
+                width = {"lw": 2, "label": rung.stem} if style == "-" else {"lw": 1}
+                ax.plot(seconds, [scale * p[name] for p in m["history"]], style, color=colour, **width)
+            ax.set(ylabel=label, xlabel="seconds")
             ax.grid(alpha=0.15, color=ink)
             ax.legend(frameon=False)
         out = StringIO()
