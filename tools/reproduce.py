@@ -15,7 +15,7 @@ here stays as it is stored, and it says so: the race without PATH, the bench wit
 tests/bench_bpe.py), week 5's `elsewhere` without the text it is about.
 
 Written: logs/results.json, the tables and pictures of README, logs and model cards, each docstring's
-`Result:` line. With `git checkout README.md logs 'v*.py'` all of this is as it was, also other edits in these.
+`Result:` line. With `git checkout README.md logs 'v*.py'` all of this is as it was, also other edits there.
 """
 
 import argparse
