@@ -203,12 +203,13 @@ class Served:
         self.tokenizer = v8.make_tokenizer(checkpoint["vocab"])
         batched = self.version in BATCHED
         self.engine = v8.Engine(model, config.n_rows) if batched else OneByOne(model, own.block_size)
-        self.params = sum(p.numel() for p in checkpoint["model"].values())
         self.idea = rung.__doc__.split("\n")[0].split(": ", 1)[1]
         self.metrics = {}
         with contextlib.suppress(OSError, ValueError, AttributeError):
             found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
             self.metrics = {name: x for name, x in found.items() if isinstance(x, int | float)}
+        saved = sum(p.numel() for p in checkpoint["model"].values())  # of v7, with the scales
+        self.params = self.metrics.get("params", saved)
         self.chats = self.version in CHATTING
         self.ends = {*self.tokenizer.special_tokens.values()}  # what ends a text: <|endoftext|>, another turn
         self.waiting, self.working = (
@@ -722,6 +723,7 @@ def make_app(models, config):
     page = make_page(models, worker, config)
     fonts = [gr.themes.Font("system-ui"), "sans-serif"]  # no font from elsewhere
     theme = gr.themes.Default(font=fonts, font_mono=[gr.themes.Font("ui-monospace"), "monospace"])
+    theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
     settings = {"theme": theme, "css": CSS, "footer_links": [], "ssr_mode": False}
     bare = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     page_app = gr.mount_gradio_app(bare, page.queue(max_size=64), path="/", **settings)

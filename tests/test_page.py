@@ -1,8 +1,12 @@
 """The page of serve.py in a real browser: every tab, long prompts, two windows, a phone, a key."""
 
 import shutil
+import time
 
+import imageio_ffmpeg
 import pytest
+import record_demo
+from PIL import Image
 from playwright.sync_api import Error, expect, sync_playwright
 from test_serve import TEXT, Running, make_runs
 
@@ -240,3 +244,45 @@ def test_a_browser_gives_the_key_as_a_password(chromium, runs, monkeypatch):
             context.close()
     finally:
         server.stop()
+
+
+def test_a_film_lasts_as_long_as_what_it_shows(chromium, tmp_path):
+    page = chromium.new_page(viewport={"width": 640, "height": 400})
+    page.set_content("<button>Go</button><input aria-label='Name' style='margin-top: 900px'>")
+    page.evaluate(record_demo.OVERLAY)
+    film = record_demo.Film(page, tmp_path)
+    begin = time.time()
+    film.scene("first")
+    film.say("A caption")
+    film.click(page.get_by_role("button"))
+    film.write(page.get_by_label("Name"), "JULIET")
+    film.wait(1)
+    film.save(tmp_path / "film.mp4")
+    lasted = time.time() - begin
+    frames, seconds = imageio_ffmpeg.count_frames_and_secs(str(tmp_path / "film.mp4"))
+    assert seconds == pytest.approx(lasted, abs=1.0) and frames == pytest.approx(15 * seconds, abs=2)
+    record_demo.cut(tmp_path / "film.mp4", 0.5, 1.0, tmp_path / "cut.gif")
+    with Image.open(tmp_path / "cut.gif") as animation:
+        assert animation.n_frames > 1 and animation.size[0] == 900
+    assert page.get_by_label("Name").input_value() == "JULIET"
+    page.close()
+
+
+def test_the_walkthrough_finds_all_that_it_shows(chromium, running, tmp_path, monkeypatch):
+    monkeypatch.chdir(record_demo.ROOT)
+    monkeypatch.setattr(
+        record_demo.Film, "wait", lambda film, seconds: film.page.wait_for_timeout(20 * seconds)
+    )
+    page = chromium.new_page(viewport=record_demo.SIZE)
+    film = record_demo.Film(page, tmp_path)
+    film.scene("ladder", running.url)
+    record_demo.ladder(film)
+    record_demo.still(page, tmp_path / "still.png")
+    with Image.open(tmp_path / "still.png") as picture:
+        assert picture.size[0] == 1280 and picture.size[1] > 800
+    record_demo.explore(film)
+    expect(page.get_by_label("Prompt").last).not_to_have_value("ROMEO:\nI")
+    record_demo.converse(film)
+    expect(page.locator(".bot.message")).to_have_count(4)
+    record_demo.ask(film)
+    page.close()
