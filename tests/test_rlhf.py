@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from copy import deepcopy
 from dataclasses import fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.figure
 import matplotlib.image
@@ -260,6 +262,39 @@ def test_preference_loss_by_hand(lora_rank):
     found, wanted = (torch.autograd.grad(x, learning) for x in (loss, expected))
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_preference_loss_and_its_gradient_are_those_of_trl(tmp_path):
+    trl = pytest.importorskip("trl", reason="TRL needs Python 3.11")
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate("abcdefghi")}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="a", pad_token="a", unk_token="a")
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=STOP + 1, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    base = deepcopy(model)
+    shake(model)
+    some = Dataset.from_list(
+        [{"prompt": "b c", "chosen": " d", "rejected": " e"}]
+    )  # a trainer needs some text
+    settings = dict(beta=0.3, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none")
+    settings = trl.DPOConfig(output_dir=str(tmp_path), **settings)
+    trainer = trl.DPOTrainer(model, base, settings, train_dataset=some, processing_class=words)
+    named = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), pair, strict=True)) for pair in PAIRS]
+    expected = trainer.compute_loss(trainer.model, DataCollatorForPreference(pad_token_id=0)(named))
+    wanted = torch.autograd.grad(expected, [*model.parameters()])
+    policy = SimpleNamespace(model=lambda x: model(x).logits)
+    config = v9.Config(method="dpo", dpo_beta=0.3)
+    loss, _ = v9.preference_loss(policy, batch_of(PAIRS), lambda x: base(x).logits, config)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6) and abs(loss.item() - math.log(2)) > 1e-3
+    for a, b in zip(torch.autograd.grad(loss, [*model.parameters()]), wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
 # ------------------------------------------ the reward model ------------------------------------------
