@@ -53,7 +53,7 @@ from torch.overrides import TorchFunctionMode
 import rag
 import v7_quantize as v7
 import v8_lora as v8
-from bpe_tokenizer import TokenizerError
+from bpe_tokenizer import BPETokenizer, TokenizerError
 
 # --------------------------------------------- config ---------------------------------------------
 
@@ -184,7 +184,7 @@ class Served:
             raise ValueError("its checkpoint cannot be read") from None
         if self.version not in RUNGS:
             raise ValueError(f"it was saved by {self.version}")
-        rung = importlib.import_module(self.version)
+        rung, self.quantized = importlib.import_module(self.version), ""
         device = v8.pick_device(config.device)
         if self.version == "v7_quantize":
             checkpoint, own = v7.load_checkpoint("sample", {}, str(folder))
@@ -194,6 +194,7 @@ class Served:
             model = v8.LanguageModel(own, own.vocab_size).to(device)
             v8.load_weights(model, checkpoint["model"])
             if config.quantize != "none":
+                self.quantized = config.quantize
                 model = v7.quantize(model, v7.Config(quantize=config.quantize))
         else:
             checkpoint, own = rung.load_checkpoint("sample", {"out_dir": str(folder)})
@@ -587,8 +588,14 @@ def make_app(models, config):
     @app.exception_handler(RequestValidationError)
     async def invalid(request, reason):
         first = reason.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:])
-        return answer_of(Refused(f"{where or 'the body'}: {first['msg']}", param=where or None))
+        where, said = ".".join(str(part) for part in first["loc"][1:]), first["msg"]
+        if first["type"] == "json_invalid":
+            where, said = "", f"it is no JSON ({first['ctx']['error']})"
+        elif not where and "json" not in request.headers.get("content-type", ""):
+            said = "send JSON, with the header Content-Type: application/json"
+        elif first["type"] == "none_required" or first.get("ctx", {}).get("le") == 0:
+            said = "it is not supported"
+        return answer_of(Refused(f"{where or 'the body'}: {said}", param=where or None))
 
     @app.exception_handler(HTTPException)
     async def http(request, reason):
@@ -724,6 +731,10 @@ def make_app(models, config):
     fonts = [gr.themes.Font("system-ui"), "sans-serif"]  # no font from elsewhere
     theme = gr.themes.Default(font=fonts, font_mono=[gr.themes.Font("ui-monospace"), "monospace"])
     theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
+    theme.set(
+        button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800"
+    )
+    theme.set(button_primary_background_fill_dark="*primary_700")  # white on orange could hardly be read
     settings = {"theme": theme, "css": CSS, "footer_links": [], "ssr_mode": False}
     bare = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     page_app = gr.mount_gradio_app(bare, page.queue(max_size=64), path="/", **settings)
@@ -741,15 +752,17 @@ CSS = """
 .rung pre { white-space: pre-wrap; overflow-wrap: anywhere; height: 14em; overflow-y: auto; margin: 6px 0 0; }
 .rung pre, .bars { font: 0.85rem/1.45 ui-monospace, monospace; color: var(--body-text-color); }
 .rung pre b { font-weight: normal; opacity: 0.65; }
-.bars { width: 100%; border-collapse: collapse; }
+.bars { width: 100%; border-collapse: collapse; border: 0 !important; }
 .bars tr, .bars td { padding: 1px 6px; white-space: pre; border: 0 !important; }
 .bars td:last-child { width: 99%; }
 .bars div { background: var(--color-accent); height: 1em; min-width: 1px; }
 .passage { border-left: 3px solid var(--border-color-primary); padding-left: 0.8em; white-space: pre-wrap; }
 .passage { margin: 0.7em 0; }
 .passage.read { border-color: var(--color-accent); }
+:is(input, textarea, button, pre):focus-visible { outline: 2px solid var(--color-accent) !important; }
 """
-NO_CHAT = "No model here has learned to answer: `python v8_lora.py` teaches one, in four minutes."
+NO_CHAT = "No model here has learned to answer. `python v8_lora.py` teaches one, in some three minutes, "
+NO_CHAT += "and trains v6 first where it is missing, which takes as long. Then start the server again."
 
 
 async def continuations(worker, wanted):
@@ -788,11 +801,17 @@ def drawing(temperature, top_k, top_p, seed, n):
 def card(model, prompt="", text="", job=None):
     """A model and what it has written."""
     of = " of answers" if model.version == "v8_lora" else ""  # the others' is of plain text
-    numbers = {"val_loss": f"val loss{of} {{:.3f}}", "bits_per_char": "{:.2f} bits/char"}
+    per = "token" if isinstance(model.tokenizer, BPETokenizer) else "character"
+    numbers = {"val_loss": f"val loss{of} {{:.3f}} per {per}", "bits_per_char": "{:.2f} bits/char"}
     facts = [f"{model.params:,} parameters"]
-    facts += [form.format(model.metrics[name]) for name, form in numbers.items() if name in model.metrics]
+    if model.quantized:
+        facts.append(f"weights in {model.quantized}")  # and the losses were measured without
+    else:
+        facts += [form.format(model.metrics[name]) for name, form in numbers.items() if name in model.metrics]
     if job and job.seconds:
         facts.append(f"{job.n_written / job.seconds:,.0f} tokens/s")
+    if job and job.reason == "stop":
+        facts.append("has ended its text")
     return (
         f"<section class='rung' aria-label='{escape(model.name)}'><h3>{escape(model.name)}</h3>"
         f"<p>{escape(model.idea)}</p><p>{' &middot; '.join(facts)}</p>"
@@ -947,10 +966,11 @@ def next_token_tab(models, page, config):
             rows = next_tokens(models[name], prompt, temperature, top_k, top_p)
             figure = draw_attention(models[name], prompt, layer or 1, head or 1)
         except Refused as reason:
-            return f"<p>{escape(str(reason))}</p>", gr.Radio(choices=[], value=None), None
+            return f"<p>{escape(str(reason))}</p>", gr.Radio(choices=[], value=None), gr.Plot(visible=False)
         can = [(text, after) for i, text, _, after in rows if after and is_text(models[name], i, text)]
         options = [(f"{shown(text)}  {after:.1%}", text) for text, after in can]
-        return bars(rows), gr.Radio(choices=options, value=None), figure
+        picture = gr.Plot(figure, visible=figure is not None)  # v0 and v1 have no attention
+        return bars(rows), gr.Radio(choices=options, value=None), picture
 
     inputs, outputs = [which, prompt, temperature, top_k, top_p, layer, head], [chart, choice, picture]
     events = [page.load, *(part.change for part in inputs)]
@@ -972,6 +992,9 @@ def chat_tab(models, worker):
     clear = gr.Button("Begin anew")
 
     async def talk(said, *histories):
+        if not said.strip():
+            yield [gr.skip(), *(gr.skip() for _ in histories)]
+            return
         # Text alone: Gradio would open whatever else a browser sends back, such as the path of a file.
         kept = [
             [{"role": t["role"], "content": plain(t["content"])} for t in history] for history in histories
@@ -1000,6 +1023,7 @@ def ask_tab(models, worker, config):
         return gr.Markdown(NO_CHAT)
     model, find = chatting[0], finder(chatting[0], config)
     question = gr.Textbox("Who says: Asses are made to bear", label="Question (Enter asks)", max_length=2000)
+    go = gr.Button("Ask", variant="primary")
     answer, passages = gr.Textbox(label=f"Answer of {model.name}"), gr.HTML(padding=False)
 
     async def ask(question):
@@ -1019,7 +1043,8 @@ def ask_tab(models, worker, config):
         async for texts in continuations(worker, {0: (model, ids, drawing(0, 0, 1.0, 0, 32))}):
             yield "".join(parts), texts[0][0]
 
-    question.submit(ask, question, [passages, answer], concurrency_limit=1, api_visibility="private")
+    events = [question.submit, go.click]
+    gr.on(events, ask, question, [passages, answer], concurrency_limit=1, api_visibility="private")
 
 
 def make_page(models, worker, config):
@@ -1058,7 +1083,10 @@ def finder(model, config):
             opened.append(rag.Library(settings, rag.HashedWords()).open(rag.read_texts(settings)))
         found = opened[0].search(question, settings.show)
         if found[0][0] < opened[0].embedder.threshold:
-            raise Refused(f"nothing found: the best passage scores {found[0][0]:.2f}")
+            needed = f"below the {opened[0].embedder.threshold:.2f} that it takes"
+            raise Refused(
+                f"nothing in the texts has these words: the best passage scores {found[0][0]:.2f}, {needed}"
+            )
         return found
 
     return find
@@ -1108,7 +1136,8 @@ def main():
     if not models:
         sys.exit(f"error: no model in {config.runs} can be served")
     for name, model in models.items():
-        print(f"{name:>20} {model.version}, {model.params:,} parameters")
+        weights = f", weights in {model.quantized}" if model.quantized else ""
+        print(f"{name:>20} {model.version}, {model.params:,} parameters{weights}")
     print(f"serves {len(models)} models: the page {address}, the API {address}/v1", flush=True)
     settings = {"log_level": "warning", "timeout_graceful_shutdown": 2}
     uvicorn.run(make_app(models, config), host=config.host, port=config.port, **settings)

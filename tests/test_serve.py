@@ -717,3 +717,16 @@ def test_bad_flags_are_refused(flag, words, tmp_path):
 def test_serve_holds_no_model_code():
     text = (serve.Path(serve.__file__)).read_text(encoding="utf-8")
     assert not re.search(r"\bnn\.(Module|Linear|Embedding)|backward|optim", text)
+
+
+def test_a_refusal_says_what_to_do(running):
+    def told(body, kind="application/json"):
+        answer = running.http.post("/v1/completions", content=body, headers={"Content-Type": kind})
+        assert answer.status_code == 400
+        return answer.json()["error"]["message"]
+
+    assert "no JSON" in told('{"model": "v3_gpt"')
+    body = {"model": "v3_gpt", "prompt": "ROMEO"}
+    assert "Content-Type: application/json" in told(json.dumps(body), "application/x-www-form-urlencoded")
+    for name, value in {"frequency_penalty": 1, "logprobs": 2}.items():
+        assert told(json.dumps(body | {name: value})) == f"{name}: it is not supported"
