@@ -67,9 +67,9 @@ def test_every_step_rung_and_log_has_its_page_and_the_build_is_quick(built):
     }
     others = {f"code/{name}.html" for name in [*rungs, "bpe_tokenizer", "rag", "serve"]}
     logs = {f"logs/{path.stem}.html" for path in (ROOT / "logs").glob("week_*.md")}
-    assert pairs | others | logs | {"index.html", "compare.html", "search.html", "guide.html"} <= set(
-        built.pages
-    )
+    alone = {"index.html", "compare.html", "search.html", "guide.html", "summary.html", "logs/post.html"}
+    alone |= {f"logs/{path.stem}.html" for path in (ROOT / "logs").glob("card_*.md")}
+    assert pairs | others | logs | alone <= set(built.pages)
     assert len(pairs) == len(rungs) * (len(rungs) - 1) / 2
     assert built.seconds < 20
 
@@ -236,6 +236,61 @@ def test_names_and_concepts_lead_into_code_and_logs(built):
     assert log.count("<img ") == 2 and 'width="' in log
 
 
+def test_the_search_holds_code_as_it_stands(built):
+    index = json.loads((built.out / "index.js").read_text(encoding="utf-8").partition("=")[2].rstrip(";\n"))
+    told = {
+        url: "\n".join(entry["x"] for entry in index if entry["u"].startswith(url))
+        for url in ("logs/week_3.html", "logs/week_10.html")
+    }
+    assert "masked_fill(~self.mask[:T, :T], -math.inf)" in told["logs/week_3.html"]
+    line = "given = last * rewards[:, None] - config.kl_coef * (old - reference) * mask"
+    assert line in told["logs/week_10.html"]
+    assert not re.search(r"\]\(\w|<!--|```", "".join(told.values()))
+
+
+def test_sections_are_read_as_a_reader_sees_them():
+    text = "# A `b`\n\nSee [this](x.md), *that*\nand `c[0]`.\n\n| n | m |\n|---|---|\n| 1 | 2 |\n\n"
+    text += "```\n# no heading\n```\n\n## Next\n\n<details><summary>Why `x`?</summary>\n"
+    first, second = build_site.sections_of(text)
+    assert first == ("A b", "See this, that\nand c[0].\nn | m\n1 | 2\n# no heading")
+    assert second == ("Next", "Why x?")
+
+
+def test_summary_post_and_cards_are_pages_and_none_is_an_orphan(built):
+    about = ["guide.html", "summary.html", "logs/post.html", "logs/card_base.html"]
+    for url in ["index.html", *about]:
+        here = posixpath.dirname(url) or "."
+        links = set(re.findall(r'href="([^"#]+)"', built.pages[url]))
+        assert {posixpath.relpath(other, here) for other in about} <= links
+    assert 'href="files/SUMMARY' not in "".join(built.pages.values())
+    card = built.pages["logs/card_base.html"]
+    assert "---" not in plain(card) and "pipeline_tag" not in card
+    assert ["tags", "from-scratch, shakespeare, education"] in [
+        cells(row) for row in re.findall("<tr>.*?</tr>", card)
+    ]
+    assert '<a href="week_6.html"><code>logs/week_6.md</code></a>' in card
+
+
+def test_the_animation_stands_on_the_guide_and_a_still_stands_in_for_it(built):
+    assert "demo.gif" not in built.pages["index.html"] and "animation" not in built.pages["index.html"]
+    picture = re.search(r"<picture>(.*?)</picture>", built.pages["guide.html"])[1]
+    still = re.search(
+        r'<source media="\(prefers-reduced-motion: reduce\)" srcset="([^"]+)" width="\d+"', picture
+    )
+    assert (built.out / still[1]).is_file() and still[1].endswith("week_12_page.png")
+    assert re.search(r'<img src="\S+demo.gif" alt="[^"]+" loading="lazy" width="\d+"', picture)
+
+
+def test_each_step_sends_to_its_log_for_more_seeds(built):
+    for _, b, page in built.steps():
+        if b.stem in built.site.measured:
+            week = built.site.log_of(b).week
+            assert re.search(
+                rf'What more seeds say.*<a href="\.\./logs/week_{week}\w*\.html">the log of week {week}<',
+                page,
+            )
+
+
 # ------------------------------------- other repositories than this -------------------------------------
 
 
@@ -349,6 +404,9 @@ KINDS = [
     "logs/week_3.html",
     "compare.html",
     "search.html?q=mask",
+    "guide.html",
+    "summary.html",
+    "logs/card_base.html",
 ]
 
 
@@ -416,6 +474,78 @@ def test_any_two_rungs_are_compared(opened):
     expect(page.locator("h1")).to_have_text("v1 → v4")
 
 
+def test_the_same_rung_twice_is_told(opened):
+    page = opened("compare.html", **PHONE)
+    page.get_by_label("From").select_option("v9_rlhf")
+    expect(page.get_by_role("status")).to_have_text("v9_rlhf twice: choose two that differ.")
+    page.get_by_role("button", name="Compare").click()
+    assert page.url.endswith("compare.html")
+    page.get_by_label("From").select_option("v4_rope_alibi")
+    expect(page.get_by_role("status")).to_have_text("")
+    expect(page.locator(".pairs")).to_be_hidden()
+
+
+def test_changes_are_counted_and_the_current_one_is_marked(opened):
+    for size in (PHONE, WIDE):
+        page = opened(STEP, **size)
+        count = page.locator(".diff .hunk:visible").count()
+        counter, previous = page.locator("#at-change"), page.get_by_role("button", name="Previous change")
+        expect(counter).to_have_text(f"{count} changes")
+        for _ in range(count + 2):  # the end of the page keeps no change from its turn
+            page.keyboard.press("j")
+        expect(counter).to_have_text(f"change {count} of {count}")
+        expect(page.locator(".hunk.now")).to_be_in_viewport()
+        expect(previous).to_be_in_viewport(ratio=1)
+        previous.dispatch_event("click")  # a click as Playwright does it scrolls back to where the bar began
+        expect(counter).to_have_text(f"change {count - 1} of {count}")
+        expect(page.locator(".hunk.now")).to_have_count(1)
+        bar = page.locator(".bar").bounding_box()
+        assert bar["y"] == 0 and bar["height"] < 60 and (size is WIDE or bar["width"] == 390)
+
+
+def test_begin_is_seen_at_once(opened):
+    page = opened("index.html", viewport={"width": 1280, "height": 800})
+    expect(page.get_by_role("link", name="Begin")).to_be_in_viewport(ratio=1)
+
+
+def test_wide_tables_show_that_they_go_on_and_links_can_be_hit(opened):
+    page = opened("guide.html", **PHONE)
+    assert "local" in page.locator(".scroll").first.evaluate("e => getComputedStyle(e).backgroundAttachment")
+    for url in ("index.html", "guide.html", "logs/week_3.html"):
+        page = opened(url, **PHONE)
+        heights = page.evaluate(
+            """[...document.querySelectorAll(":is(td, th, figcaption) a")]
+                .map((link) => link.getBoundingClientRect().height)"""
+        )
+        assert heights and min(heights) >= 24
+
+
+def test_what_is_folded_is_printed(opened):
+    page = opened("logs/week_3.html", **WIDE)
+    answers = page.locator("article details")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert answers.count() == page.locator("article details[open]").count() > 0
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert not page.locator("article details[open]").count()
+    page = opened("logs/week_3.html", color_scheme="dark", **WIDE)
+    page.emulate_media(media="print")
+    assert page.locator("article img").first.evaluate("e => getComputedStyle(e).filter") == "none"
+
+
+def test_a_question_is_searched_by_its_telling_words(opened):
+    page = opened("search.html?q=why+do+we+divide+by+sqrt%3F", **PHONE)
+    found, status = page.locator("#found li"), page.get_by_role("status")
+    expect(found.first).to_contain_text(re.compile("divide", re.I))
+    page.get_by_role("searchbox").fill("rope qqzz zzqq")
+    expect(status).to_contain_text("Some of them")
+    expect(found.first).to_contain_text(re.compile("rope", re.I))
+    page.get_by_role("searchbox").fill("masked_fill")
+    part = page.locator("#found .mono p").first
+    assert "mono" in part.evaluate("e => getComputedStyle(e).fontFamily").lower()
+    page.get_by_role("searchbox").fill("qqzz zzqq")
+    expect(page.get_by_role("main").get_by_role("link", name="concepts index")).to_be_visible()
+
+
 def test_the_search_finds_logs_and_code(opened):
     page = opened("index.html", **PHONE)
     page.get_by_role("searchbox").fill("causal mask")
@@ -424,7 +554,7 @@ def test_the_search_finds_logs_and_code(opened):
     expect(found.first).to_contain_text("causal mask")
     page.get_by_role("searchbox").fill("masked_fill")
     expect(found.filter(has_text="SelfAttentionHead").first).to_be_visible()
-    page.get_by_role("searchbox").fill("<b>no such thing")
+    page.get_by_role("searchbox").fill("<b>nosuchthing")
     expect(page.get_by_role("status")).to_have_text("Nothing found.")
 
 

@@ -4,7 +4,8 @@
     python tools/build_site.py --out FOLDER    writes another folder, new or made by this tool
 
 Needs git and `pip install -r requirements-site.txt`. All is made from what the repository holds: the
-scripts, README.md, logs/*.md with their pictures, logs/results.json. A new rung or log appears by itself.
+scripts, README.md, SUMMARY.md, logs/*.md with their pictures, logs/results.json. A new rung or log appears by
+itself.
 
 What makes what, and why:
 
@@ -477,7 +478,15 @@ class Site:
     def make_pages(self):
         """All pages, by what they show, and the weeks: what to read, in which order."""
         self.pages = {"start": Page("index.html", "The ladder", "start")}
-        self.pages["README.md"] = Page("guide.html", "Guide", "text", "README.md")
+        self.pages["README.md"] = Page("guide.html", "Guide", "text", "README.md", label="guide")
+        if (self.root / "SUMMARY.md").is_file():
+            self.pages["SUMMARY.md"] = Page("summary.html", "Summary", "text", "SUMMARY.md", label="summary")
+        for path in [*(self.root / "logs").glob("post.md"), *sorted((self.root / "logs").glob("card_*.md"))]:
+            title = re.search(r"^# (.+)$", path.read_text(encoding="utf-8"), flags=re.M)[1]
+            label = " ".join(reversed(path.stem.split("_")))  # post, base card
+            name = f"logs/{path.name}"
+            self.pages[name] = Page(f"logs/{path.stem}.html", title, "text", name, label=label)
+        self.about = [page for page in self.pages.values() if page.kind == "text"]  # the whole, not a week
         self.pages["compare"] = Page("compare.html", "Compare", "compare")
         self.pages["search"] = Page("search.html", "Search", "search")
         for path, source in self.sources.items():
@@ -505,7 +514,7 @@ class Site:
             weeks[source.week] += self.pages_of(source, weeks[source.week])
         self.weeks = {week: weeks[week] for week in sorted(weeks)}
         self.way = [self.pages["start"], *itertools.chain(*self.weeks.values())]
-        self.way += [self.pages["README.md"], self.pages["compare"], self.pages["search"]]
+        self.way += [*self.about, self.pages["compare"], self.pages["search"]]
         others = [page for page in self.pages.values() if page not in self.way]
         self.order = self.way + sorted(others, key=lambda page: page.kind == "code")
 
@@ -601,7 +610,9 @@ class Site:
         return posixpath.relpath(there, here or ".")
 
     def code_link(self, text, sources, page):
-        """The address of what is named in backticks: `file.py: name`, `file.py`, or a name of `sources`."""
+        """The address of what is named in backticks: `file.py: name`, a file, or a name of `sources`."""
+        if text.endswith(".md") and text in self.pages:
+            return self.to(self.pages[text].url, page)
         if found := re.fullmatch(r"([\w/]+\.py)(?:: ([\w.]+))?", text):
             source, name = self.sources.get(found[1]), found[2]
             if source and (not name or name in source.definitions):
@@ -641,6 +652,13 @@ class Site:
                 path = self.root / posixpath.dirname(base) / token.attrs["src"]
                 token.attrs["src"] = self.link(token.attrs["src"], base, page)
                 token.attrs |= {"loading": "lazy"} | size_of(path)
+                still = self.root / STILLS.get(path.relative_to(self.root).as_posix(), "")
+                if still.is_file():
+                    href = self.link(still.relative_to(self.root).as_posix(), "", page)
+                    size = " ".join(f'{key}="{value}"' for key, value in size_of(still).items())
+                    source = f'<source media="(prefers-reduced-motion: reduce)" srcset="{href}" {size}>'
+                    shown = md.renderer.render([token], md.options, {})
+                    token.type, token.content = "html_inline", f"<picture>{source}{shown}</picture>"
             elif token.type == "code_inline" and not inside:
                 if href := self.code_link(token.content, sources, page):
                     token.type = "html_inline"
@@ -689,11 +707,28 @@ def formula(content, options):
 
 
 def size_of(path):
-    """Width and height of a PNG, so that a page does not jump when its pictures arrive."""
-    if path.suffix != ".png" or not path.is_file():
+    """Width and height of a PNG or GIF, so that a page does not jump when its pictures arrive."""
+    if path.suffix not in (".png", ".gif") or not path.is_file():
         return {}
-    head = path.read_bytes()[16:24]
-    return {"width": int.from_bytes(head[:4], "big"), "height": int.from_bytes(head[4:], "big")}
+    head = path.read_bytes()[:24]
+    width, height = (head[16:20], head[20:24]) if path.suffix == ".png" else (head[6:8], head[8:10])
+    order = "big" if path.suffix == ".png" else "little"
+    return {"width": int.from_bytes(width, order), "height": int.from_bytes(height, order)}
+
+
+# What is shown in place of an animation to readers who ask their system for less motion.
+STILLS = {"logs/demo.gif": "logs/week_12_page.png"}
+
+
+def front_matter(text):
+    """The YAML head of a model card as [(key, values)], and the text below it."""
+    found = re.match(r"---\n(.*?)^---\n", text, flags=re.M | re.S)
+    if not found:
+        return [], text
+    rows = []
+    for key, value, listed in re.findall(r"^(\w+):(.*)\n((?:- .*\n)*)", found[1], flags=re.M):
+        rows.append((key, value.strip() or ", ".join(re.findall(r"^- (.+)$", listed, flags=re.M))))
+    return rows, text[found.end() :]
 
 
 def stands_at(text, source):
@@ -820,11 +855,35 @@ def draw(site, *rungs):
 # ----------------------------------------------- writing -----------------------------------------------
 
 
+def words_of(tokens):
+    """What a reader sees of inline Markdown; code as it stands."""
+    kinds = {"softbreak": "\n", "hardbreak": "\n"}
+    own = ("text", "code_inline", "math_inline")
+    seen = [words_of(t.children or []) if t.type == "image" else kinds.get(t.type, "") for t in tokens]
+    return "".join(t.content if t.type in own else words for t, words in zip(tokens, seen, strict=True))
+
+
 def sections_of(text):
-    """(title, text) of each section of a Markdown file, down to ###; what is fenced holds no headings."""
-    fenced = re.sub(r"^```.*?^```", lambda m: m[0].replace("\n#", "\n #"), text, flags=re.M | re.S)
-    parts = re.split(r"^#{1,3} (.+)$", fenced, flags=re.M)
-    return list(zip(parts[1::2], parts[2::2], strict=True))
+    """(title, what a reader sees of it) of each section of a Markdown file, down to ###."""
+    md = MarkdownIt("commonmark").enable("table").enable("strikethrough")
+    md.use(dollarmath_plugin, allow_space=False, allow_digits=False, double_inline=True)
+    tokens = md.parse(re.sub(r"<!--.*?-->\n?", "", text, flags=re.S))
+    found = []
+    for i, token in enumerate(tokens):
+        opens = tokens[i - 1].type if i else ""
+        if token.type == "inline" and opens == "heading_open" and tokens[i - 1].tag in ("h1", "h2", "h3"):
+            found.append((words_of(token.children), []))
+        elif found and token.type == "inline":
+            found[-1][1].append(
+                words_of(token.children) + (" | " if opens in ("td_open", "th_open") else "\n")
+            )
+        elif found and token.type in ("fence", "code_block", "math_block"):
+            found[-1][1].append(token.content)
+        elif found and token.type == "html_block":  # such as the summary of what is folded
+            found[-1][1].append(re.sub(r"</?\w+>|`", "", token.content))
+        elif found and token.type == "tr_close":
+            found[-1][1].append("\n")
+    return [(title, "".join(parts).replace(" | \n", "\n").strip()) for title, parts in found]
 
 
 def search_index(site):
@@ -838,12 +897,11 @@ def search_index(site):
         for source, name in places:
             where = "concept, " + (f"{source.path}: {name}" if name else source.path)
             add("concept", concept, where, site.pages[source.path].url + (f"#{name}" if name else ""), "")
-    for path in ["README.md", *(f"logs/{log.name}" for log in site.logs)]:
-        page = site.pages[path]
+    for page in [page for page in site.way if page.kind == "text"]:
         where = f"week {page.week}: {page.title}" if page.week else page.title
-        for title, text in sections_of((site.root / path).read_text(encoding="utf-8")):
-            plain = re.sub(r"<!--.*?-->|</?\w+>|\|[ :|-]+\|$|\]\([^)]*\)|[`*\[]", "", text, flags=re.M)
-            add("log", title, where, f"{page.url}#{slug(title)}", plain.strip())
+        text = (site.root / page.source).read_text(encoding="utf-8")
+        for title, words in sections_of(front_matter(text)[1]):
+            add("log", title, where, f"{page.url}#{slug(title)}", words)
     for below, above in site.steps:
         page = site.pages[below, above]
         names = " ".join(itertools.chain(*above.since[1].values()))
@@ -898,8 +956,9 @@ def split_sample(site, rung, lines):
 def text_values(site, page):
     """What the page of README or of a log shows."""
     text = (site.root / page.source).read_text(encoding="utf-8")
+    matter, text = front_matter(text)
     body, heads = site.markdown(text, page, page.source, site.code_of(page.source) if page.week else ())
-    return {"body": body, "heads": [head for head in heads if head[0] == 2]}
+    return {"body": body, "heads": [head for head in heads if head[0] == 2], "matter": matter}
 
 
 def code_values(site, source, page):
@@ -944,6 +1003,10 @@ def diff_values(site, below, above, page):
 def start_values(site, page):
     """What the first page shows: the head of README, the ladder, and what its best model of text writes."""
     readme = (site.root / "README.md").read_text(encoding="utf-8")
+    intro = readme.split("\n## ")[0].partition("\n")[2]
+    # The guide has the animation and what is said of it: here it would push the way to begin out of sight.
+    intro = re.sub(r"^!\[.*\]\(.*\.gif\)\n", "", intro, flags=re.M)
+    intro = re.split(r"^The animation\b", intro, flags=re.M)[0]
     keys = ("params", "val_loss", "bits_per_char", "seconds")
     size = size_of(site.root / "logs" / "ladder.png")
     of_text = [rung for rung in site.rungs if "before" not in site.measured.get(rung.stem, {"before": None})]
@@ -951,7 +1014,7 @@ def start_values(site, page):
     best = min(of_text, key=lambda rung: site.measured[rung.stem]["bits_per_char"], default=None)
     return {
         "heading": re.match(r"# (.+)", readme)[1],
-        "intro": site.markdown(readme.split("\n## ")[0].partition("\n")[2], page, "README.md")[0],
+        "intro": site.markdown(intro, page, "README.md")[0],
         "rows": [(rung, [fact(site, rung, key) for key in keys]) for rung in site.rungs],
         "picture": site.link("logs/ladder.png", "README.md", page) if size else "",
         "picture_size": size,
@@ -970,7 +1033,7 @@ def write(site, out):
             "page": page,
             "root": posixpath.relpath(".", posixpath.dirname(page.url) or "."),
             "to": lambda other, anchor="", page=page: site.to(other.url, page) + anchor,
-            "strip": site.weeks.get(page.week, []),
+            "strip": site.about if page in site.about else site.weeks.get(page.week, []),
             "before": site.order[at - 1] if at else None,
             "after": site.order[at + 1] if at + 1 < len(site.order) else None,
         }
