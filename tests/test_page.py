@@ -293,14 +293,15 @@ def test_a_film_lasts_as_long_as_what_it_shows(chromium, tmp_path):
     page.close()
 
 
-def test_the_walkthrough_finds_all_that_it_shows(chromium, running, tmp_path, monkeypatch):
+def test_the_walkthrough_finds_all_that_it_shows(chromium, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(record_demo.ROOT)
     monkeypatch.setattr(
         record_demo.Film, "wait", lambda film, seconds: film.page.wait_for_timeout(20 * seconds)
     )
+    server = Running(runs, max_tokens=200)  # one of its own, which has not opened another text
     page = chromium.new_page(viewport=record_demo.SIZE)
     film = record_demo.Film(page, tmp_path)
-    film.scene("ladder", running.url)
+    film.scene("ladder", server.url)
     record_demo.ladder(film)
     record_demo.still(page, tmp_path / "still.png")
     with Image.open(tmp_path / "still.png") as picture:
@@ -310,4 +311,6 @@ def test_the_walkthrough_finds_all_that_it_shows(chromium, running, tmp_path, mo
     record_demo.converse(film)
     expect(page.locator(".bot.message")).to_have_count(4)
     record_demo.ask(film)
+    expect(page.locator(".passage.read")).to_contain_text("Asses are made to bear")
     page.close()
+    server.stop()
